@@ -1,0 +1,208 @@
+// Combine: publish where this rank's rows lie, pull and reduce the rows of its tokens, release.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/engine.hpp"
+
+namespace deep_ep {
+namespace {
+
+constexpr int64_t kStreamBytes = int64_t{8} << 20;  // results above it bypass the caches; see dispatch.cpp
+constexpr int64_t kTokensPerChunk = 16;
+
+enum Field { kLayout, kHidden, kDtype, kHandle, kWeights, kReducePerRank };
+enum Published { kRows, kWeightRows };
+
+// The rows of one token in the order of the recipe (DESIGN, contract 2), as pointers; reused from token to token.
+class Recipe {
+ public:
+  Recipe(int num_slots, bool grouped) : grouped_(grouped), rows_(num_slots), ends_(grouped ? num_slots : 0) {}
+
+  // `address(target)`: where that row lies.
+  template <class Address>
+  void gather(const int64_t* targets, int num_slots, Address&& address, ReduceRow* out) {
+    int n = 0, groups = 0;
+    for (int k = 0; k < num_slots; ++k) {
+      if (!moves(targets[k])) continue;
+      if (!grouped_) {
+        rows_[n++] = address(targets[k]);
+        continue;
+      }
+      // A rank's slots are summed first and added at the position of its last one.
+      const int rank = target_rank(targets[k]);
+      bool last = true;
+      for (int j = k + 1; j < num_slots && last; ++j) last = targets[j] < 0 || target_rank(targets[j]) != rank;
+      if (!last) continue;
+      for (int j = 0; j <= k; ++j)
+        if (targets[j] >= 0 && target_rank(targets[j]) == rank) rows_[n++] = address(targets[j]);
+      ends_[groups++] = n;
+    }
+    out->rows = rows_.data();
+    out->num_rows = n;
+    out->group_end = grouped_ ? ends_.data() : nullptr;
+    out->num_groups = groups;
+  }
+
+ private:
+  const bool grouped_;
+  std::vector<const void*> rows_;
+  std::vector<int32_t> ends_;
+};
+
+// One token's weights. rank: every column summed over ranks; topk: slot k from the rank that owns it; expand: the
+// weight of slot k's own row. `weights(rank)`: that rank's [rows, num_weights].
+template <class Weights>
+void combine_weights(const CombineParams& p, const int64_t* targets, Weights&& weights, float* out) {
+  const int columns = p.layout == Layout::rank ? p.num_weights : p.num_slots;
+  std::fill(out, out + columns, 0.0F);
+  for (int k = 0; k < p.num_slots; ++k) {
+    if (targets[k] < 0) continue;
+    const float* row = weights(target_rank(targets[k])) + target_row(targets[k]) * p.num_weights;
+    if (p.layout == Layout::rank)
+      for (int j = 0; j < columns; ++j) out[j] += row[j];
+    else
+      out[k] = row[p.layout == Layout::topk ? k : 0];
+  }
+}
+
+}  // namespace
+
+std::shared_ptr<Event> Engine::combine(const CombineParams& params, const Events& previous,
+                                       const Interrupted& interrupted) {
+  require_usable();
+  return run(params.background, previous, interrupted, [this, params](const Interrupted& interrupt) {
+    Step step{{Op::combine, "copy", 0}, false, &interrupt};
+    guarded(step, [&] { combine_now(params, step); });
+  });
+}
+
+// Rows that already lie in the heap are published where they are; others after one copy.
+BlockRef Engine::publish_rows(const CombineParams& p, BlockPtr* copy) {
+  BlockRef ref;
+  const auto bytes = static_cast<uint64_t>(p.y_rows * p.row_bytes);
+  if (bytes == 0) return ref;
+  if (p.y_stride_bytes == p.row_bytes && heap_->locate(p.y, bytes, &ref)) return ref;
+  *copy = heap_->allocate(bytes);
+  ++counters_.copied_combine_inputs;
+  const Kernels& kernel = kernels();
+  const bool stream = static_cast<int64_t>(bytes) > kStreamBytes;
+  threads_.run(p.y_rows, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      void* to = (*copy)->data + i * p.row_bytes;
+      kernel.copy_row(static_cast<const char*>(p.y) + i * p.y_stride_bytes, &to, 1, static_cast<size_t>(p.row_bytes),
+                      stream);
+    }
+    if (stream) kernel.fence();
+  });
+  return (*copy)->ref();
+}
+
+// A copied input is lent to its readers; it comes back when all of them have released it.
+void Engine::free_released() {
+  uint64_t released = UINT64_MAX;
+  for (int r = 0; r < options_.num_ranks; ++r)
+    released = std::min(released, peers_.inbox(r).released.load(std::memory_order_acquire));
+  while (!lent_.empty() && lent_.front().first <= released) lent_.pop_front();
+}
+
+void Engine::combine_now(const CombineParams& p, Step& step) {
+  require_usable();
+  free_released();
+  if (hook_) hook_("copy");
+  BlockPtr copy, weights;
+  BlockRef rows;
+  std::string out_of_memory;
+  try {
+    rows = publish_rows(p, &copy);
+    const size_t weight_bytes = static_cast<size_t>(p.y_rows) * p.num_weights * 4;
+    if (p.weights && weight_bytes) {
+      weights = heap_->allocate(weight_bytes);
+      std::memcpy(weights->data, p.weights, weight_bytes);
+    }
+  } catch (const Error& error) {
+    out_of_memory = error.message;
+  }
+  if (!out_of_memory.empty()) {
+    publish_failed(step, next_record(step), out_of_memory);
+    Error error(ErrorKind::general, out_of_memory);
+    error.agreed = true;
+    throw error;
+  }
+
+  enter(step, "publish");
+  Record& record = next_record(step);
+  const int64_t fields[] = {static_cast<int64_t>(p.layout), p.hidden, static_cast<int64_t>(p.dtype),
+                            static_cast<int64_t>(p.digest), p.weights ? p.num_weights : 0, p.reduce_per_rank};
+  std::copy(std::begin(fields), std::end(fields), record.fields);
+  record.blocks[kRows] = rows;
+  if (weights) record.blocks[kWeightRows] = weights->ref();
+  publish(step);
+  enter(step, "notify");
+  const std::vector<Record> records = rendezvous(step);
+
+  // Who may be reading our rows now: every peer, until it stores our number in `released`.
+  enter(step, "pull");
+  reduce(p, records);
+
+  enter(step, "release");
+  peers_.signal_all(&Inbox::released, step.where.seq);
+  // In place, the rows are the user's, who may write to them when we return. And a segment that is new with this
+  // operation can be mapped only while we live. In both cases stay until everybody is done.
+  const bool in_place = rows.bytes > 0 && !copy;
+  const BlockRef weight_rows = weights ? weights->ref() : BlockRef{};
+  if (in_place || !mapped_by_all(rows) || !mapped_by_all(weight_rows)) {
+    enter(step, "release wait");
+    peers_.wait(&Inbox::released, step.where.seq, step.where, *step.interrupted);
+    note_mapped(rows);
+    note_mapped(weight_rows);
+  }
+  if (copy) lent_.emplace_back(step.where.seq, std::move(copy));
+  if (weights) lent_.emplace_back(step.where.seq, std::move(weights));
+}
+
+void Engine::reduce(const CombineParams& p, const std::vector<Record>& records) {
+  const int num_ranks = options_.num_ranks;
+  std::vector<const char*> rows(num_ranks, nullptr);
+  std::vector<const float*> weights(num_ranks, nullptr);
+  std::vector<int64_t> limit(num_ranks, 0);
+  for (int r = 0; r < num_ranks; ++r) {
+    if (records[r].blocks[kRows].bytes) rows[r] = peers_.address(r, records[r].blocks[kRows]);
+    if (records[r].blocks[kWeightRows].bytes)
+      weights[r] = reinterpret_cast<const float*>(peers_.address(r, records[r].blocks[kWeightRows]));
+    limit[r] = static_cast<int64_t>(records[r].blocks[kRows].bytes) / p.row_bytes;
+  }
+  for (int64_t i = 0; i < p.num_tokens * p.num_slots; ++i) {
+    if (p.targets[i] < 0) continue;
+    const int r = target_rank(p.targets[i]);
+    if (r >= num_ranks || target_row(p.targets[i]) >= limit[r])
+      throw Error(ErrorKind::general, "the handle names row " + std::to_string(target_row(p.targets[i])) + " of rank " +
+                                          std::to_string(r) + ", which published " +
+                                          std::to_string(r < num_ranks ? limit[r] : 0) +
+                                          " rows: it is not this combine's");
+  }
+  const auto reduce_row = kernels().reduce_row[static_cast<int>(p.dtype)];
+  const bool stream = p.num_tokens * p.row_bytes > kStreamBytes;
+  const int64_t weight_columns = p.layout == Layout::rank ? p.num_weights : p.num_slots;
+  threads_.run(p.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
+    FloatEnvironment nearest_and_no_flushing;
+    Recipe recipe(p.num_slots, p.reduce_per_rank);
+    ReduceRow row;
+    row.num_bias = p.num_bias;
+    row.elems = static_cast<size_t>(p.hidden);
+    row.stream = stream;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t* targets = p.targets + t * p.num_slots;
+      recipe.gather(
+          targets, p.num_slots,
+          [&](int64_t target) { return rows[target_rank(target)] + target_row(target) * p.row_bytes; }, &row);
+      for (int b = 0; b < p.num_bias; ++b) row.bias[b] = static_cast<const char*>(p.bias[b]) + t * p.row_bytes;
+      row.out = static_cast<char*>(p.out) + t * p.row_bytes;
+      reduce_row(row);
+      if (p.out_weights)
+        combine_weights(p, targets, [&](int r) { return weights[r]; }, p.out_weights + t * weight_columns);
+    }
+    if (stream) kernels().fence();
+  });
+}
+
+}  // namespace deep_ep

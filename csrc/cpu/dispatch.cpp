@@ -1,0 +1,438 @@
+// Dispatch: layout, notify (rendezvous A), place, arrive (rendezvous B), deliver.
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "cpu/engine.hpp"
+
+namespace deep_ep {
+namespace {
+
+// Moves above this size bypass the caches: they would evict what the receiver is about to compute with, and a plain
+// store reads the line first. Measured: docs/architecture.md, "Copy kernels".
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+constexpr int64_t kTokensPerChunk = 32;
+
+enum Field { kLayout, kHidden, kDtype, kSf, kTopk, kExperts, kHasTopk, kHasWeights, kAlignment, kWorst, kMaxTokens,
+             kHandle, kNumCompared, kNumTokens = kNumCompared };
+
+enum Offer { kX, kScaleFactors, kScratch };
+
+Error argument_error(const std::string& argument, const std::string& text) {
+  Error error(ErrorKind::argument, text);
+  error.field = argument;
+  error.agreed = true;
+  return error;
+}
+
+}  // namespace
+
+std::unique_ptr<DispatchFlight> Engine::dispatch_begin(const DispatchParams& params, const Events& previous,
+                                                       const Interrupted& interrupted) {
+  auto flight = std::make_unique<DispatchFlight>();
+  flight->params = params;
+  run(false, previous, interrupted, [&](const Interrupted& interrupt) {
+    Step step{{params.cached ? Op::cached_dispatch : Op::dispatch, "layout", 0}, false, &interrupt};
+    guarded(step, [&] { notify(*flight, step); });
+  });
+  return flight;
+}
+
+void Engine::count(DispatchFlight& flight, Step& step, Counts* counts) {
+  const DispatchParams& p = flight.params;
+  std::string wrong;
+  if (p.layout == Layout::rank) {
+    wrong = layout_rank(p.is_token_in_rank, p.num_tokens, options_.num_ranks, p.targets, counts);
+    for (int r = 0; r < options_.num_ranks && wrong.empty(); ++r)
+      if (p.num_tokens_per_rank && p.num_tokens_per_rank[r] != counts->per_rank[r])
+        wrong = "num_tokens_per_rank[" + std::to_string(r) + "]: expected " + std::to_string(counts->per_rank[r]) +
+                " as counted in is_token_in_rank, got " + std::to_string(p.num_tokens_per_rank[r]);
+    counts->per_expert.assign(p.num_tokens_per_expert, p.num_tokens_per_expert + p.placement.num_experts);
+  } else {
+    wrong = layout_topk(p.topk_idx, p.num_tokens, p.num_topk, p.placement, p.layout == Layout::expand, p.targets,
+                        counts);
+  }
+  if (wrong.empty()) return;
+  publish_failed(step, next_record(step), wrong);
+  throw argument_error(wrong.substr(0, wrong.find_first_of("[:")), wrong);
+}
+
+// Offers are blocks of the own heap into which peers will write, picked before anybody knows the counts.
+void Engine::make_offers(DispatchFlight& flight, Record& record, const Counts& counts) {
+  const DispatchParams& p = flight.params;
+  int64_t rows = p.num_rows;
+  if (!p.cached) {
+    // What came last time and a margin; the first time, as much as this rank sends.
+    const int64_t sent = p.layout == Layout::expand
+                             ? std::accumulate(counts.per_expert.begin(), counts.per_expert.end(), int64_t{0})
+                             : std::accumulate(counts.per_rank.begin(), counts.per_rank.end(), int64_t{0});
+    rows = expected_rows_ > 0 ? expected_rows_ + expected_rows_ / 8 + 16 : sent + 16;
+  }
+  const int64_t output_rows = p.num_worst_tokens > 0 ? p.num_worst_tokens : rows;
+  flight.staged = heap_->over_limit(static_cast<uint64_t>(output_rows) * (p.row_bytes + p.sf_bytes));
+  const bool fixed = (p.cached || p.num_worst_tokens > 0) && !flight.staged;
+  const int64_t offered = fixed ? output_rows : rows;
+  const bool weights = p.topk_weights != nullptr;
+  const auto small = p.cached ? static_cast<uint64_t>(weights ? rows * (p.layout == Layout::expand ? 1 : p.num_topk) * 4
+                                                              : 0)
+                              : scratch_layout(p.layout, rows, rows, p.num_topk, p.topk_idx, weights).bytes;
+  if (p.sf_bytes) flight.sf = heap_->allocate(static_cast<uint64_t>(offered * p.sf_bytes), !fixed || p.cached);
+  if (small) flight.scratch = heap_->allocate(small);
+  const auto x_bytes = static_cast<uint64_t>(offered * p.row_bytes);
+  flight.x = fixed ? heap_->allocate(x_bytes, p.cached) : heap_->allocate_extent(x_bytes);
+  record.blocks[kX] = flight.x->ref();
+  if (flight.sf) record.blocks[kScaleFactors] = flight.sf->ref();
+  if (flight.scratch) record.blocks[kScratch] = flight.scratch->ref();
+}
+
+void Engine::notify(DispatchFlight& flight, Step& step) {
+  DispatchParams& p = flight.params;
+  const int num_ranks = options_.num_ranks;
+  require_usable();
+  free_released();
+  if (hook_) hook_("layout");
+  Counts counts;
+  if (!p.cached) count(flight, step, &counts);
+
+  enter(step, "publish");
+  Record& record = next_record(step);
+  const int64_t fields[kNumCompared + 1] = {static_cast<int64_t>(p.layout), p.hidden, p.dtype, p.sf_bytes, p.num_topk,
+                                            p.placement.num_experts, p.topk_idx != nullptr, p.topk_weights != nullptr,
+                                            p.expert_alignment, p.num_worst_tokens, p.num_max_tokens_per_rank,
+                                            static_cast<int64_t>(p.digest), p.num_tokens};
+  std::copy(std::begin(fields), std::end(fields), record.fields);
+  try {
+    make_offers(flight, record, counts);
+    if (!p.cached) {
+      BlockPtr& block = counts_[step.where.seq % 2];
+      const size_t ranks_bytes = counts.per_rank.size() * 4, experts_bytes = counts.per_expert.size() * 4;
+      if (!block || block->bytes < ranks_bytes + experts_bytes) block = heap_->allocate(ranks_bytes + experts_bytes);
+      std::memcpy(block->data, counts.per_rank.data(), ranks_bytes);
+      std::memcpy(block->data + ranks_bytes, counts.per_expert.data(), experts_bytes);
+      record.counts = block->ref();
+    }
+  } catch (const Error& error) {  // no memory for an offer: peers learn it at their rendezvous, nothing has moved
+    publish_failed(step, record, error.message);
+    Error agreed(error);
+    agreed.agreed = true;
+    throw agreed;
+  }
+  publish(step);
+  enter(step, "notify");
+  std::vector<Record> records = rendezvous(step);
+  flight.seq = step.where.seq;
+
+  flight.num_max_tokens_per_rank = p.num_max_tokens_per_rank;
+  if (flight.num_max_tokens_per_rank == 0)
+    for (const Record& r : records)
+      flight.num_max_tokens_per_rank = std::max(flight.num_max_tokens_per_rank, r.fields[kNumTokens]);
+
+  if (p.cached) {
+    flight.digest = p.digest;
+    flight.num_rows = p.num_rows;
+  } else {
+    ++counters_.rendezvous_with_counts;
+    const int num_experts = p.placement.num_experts, me = options_.rank;
+    flight.matrix.num_ranks = num_ranks;
+    const bool expand = p.layout == Layout::expand;
+    std::fill(p.expert_counts, p.expert_counts + p.num_local, 0);
+    for (int r = 0; r < num_ranks; ++r) {
+      const auto* theirs = reinterpret_cast<const int32_t*>(peers_.address(r, records[r].counts));
+      flight.matrix.rank.insert(flight.matrix.rank.end(), theirs, theirs + num_ranks);
+      if (expand) flight.matrix.expert.insert(flight.matrix.expert.end(), theirs + num_ranks, theirs + num_ranks + num_experts);
+      for (int e = 0; e < num_experts; ++e)
+        if (p.placement.rank[e] == me) p.expert_counts[p.placement.local[e]] += theirs[num_ranks + e];
+    }
+    flight.num_recv_tokens = flight.matrix.tokens_to(me);
+    if (expand) flight.expanded = expanded_rows(flight.matrix, p.placement, p.expert_alignment);
+    flight.num_rows = expand ? flight.expanded.rows[me] : flight.num_recv_tokens;
+    rank_prefix(flight.matrix, p.rank_prefix);
+    // V1's handle has no place for a number, so its fingerprint is that of the prefix matrix it carries.
+    flight.digest = hash_bytes(p.rank_prefix, static_cast<size_t>(num_ranks) * num_ranks * 4,
+                               p.layout == Layout::rank ? 0 : options_.epoch + step.where.seq);
+    if (p.num_worst_tokens > 0)
+      for (int r = 0; r < num_ranks; ++r) {
+        const int64_t rows = expand ? flight.expanded.rows[r] : flight.matrix.tokens_to(r);
+        if (rows > p.num_worst_tokens)
+          throw argument_error("num_worst_tokens", "num_worst_tokens: expected at least " + std::to_string(rows) +
+                                                       " (what rank " + std::to_string(r) + " receives), got " +
+                                                       std::to_string(p.num_worst_tokens));
+      }
+    second_records(flight, step, records);
+    finish_targets(p.layout, flight.matrix, expand ? &flight.expanded : nullptr, p.topk_idx, me, p.num_tokens,
+                   p.num_slots, p.targets);
+    expected_rows_ = flight.num_rows;
+  }
+  flight.num_output_rows = p.num_worst_tokens > 0 ? p.num_worst_tokens : flight.num_rows;
+
+  // Everybody knows the exact counts now, so nobody will touch the tails: they go back at once.
+  const int64_t kept = flight.staged ? flight.num_rows : flight.num_output_rows;
+  heap_->trim(*flight.x, static_cast<uint64_t>(kept * p.row_bytes));
+  flight.x_data = flight.x->data;
+  flight.x_ref = flight.x->ref();
+  if (flight.sf) {
+    heap_->trim(*flight.sf, static_cast<uint64_t>(kept * p.sf_bytes));
+    flight.sf_data = flight.sf->data;
+    flight.sf_ref = flight.sf->ref();
+  }
+  if (flight.staged) ++counters_.moved_to_ordinary_memory;
+
+  enter(step, "map");
+  flight.destinations.resize(num_ranks);
+  for (int r = 0; r < num_ranks; ++r) {
+    Destination& d = flight.destinations[r];
+    d.x = peers_.address(r, records[r].blocks[kX]);
+    d.row_limit = p.row_bytes ? static_cast<int64_t>(records[r].blocks[kX].bytes) / p.row_bytes : 0;
+    if (p.sf_bytes) d.sf = peers_.address(r, records[r].blocks[kScaleFactors]);
+    if (records[r].blocks[kScratch].bytes) d.scratch = peers_.address(r, records[r].blocks[kScratch]);
+    if (p.cached) continue;
+    d.layout = scratch_layout(p.layout, flight.matrix.tokens_to(r),
+                              p.layout == Layout::expand ? flight.expanded.rows[r] : 0, p.num_topk, p.topk_idx,
+                              p.topk_weights);
+    for (int s = 0; s < options_.rank; ++s) d.first_token += flight.matrix.rank[static_cast<size_t>(s) * num_ranks + r];
+  }
+}
+
+// Owners whose first offer cannot hold what comes say so in a second record, with a larger block. Who they are
+// follows from the counts and the offers, so every rank waits for exactly those.
+void Engine::second_records(DispatchFlight& flight, Step& step, std::vector<Record>& records) {
+  const DispatchParams& p = flight.params;
+  const bool expand = p.layout == Layout::expand;
+  const uint64_t seq = step.where.seq;
+  auto wanted = [&](int r, uint64_t bytes[kMaxBlocks]) {
+    const int64_t tokens = flight.matrix.tokens_to(r);
+    const int64_t rows = expand ? flight.expanded.rows[r] : tokens;
+    bytes[kX] = static_cast<uint64_t>(rows * p.row_bytes);
+    bytes[kScaleFactors] = static_cast<uint64_t>(rows * p.sf_bytes);
+    bytes[kScratch] = scratch_layout(p.layout, tokens, rows, p.num_topk, p.topk_idx, p.topk_weights).bytes;
+    for (int b = 0; b < kMaxBlocks; ++b)
+      if (records[r].blocks[b].bytes < bytes[b]) return true;
+    return false;
+  };
+  std::vector<int> owners;
+  uint64_t bytes[kMaxBlocks];
+  for (int r = 0; r < options_.num_ranks; ++r)
+    if (wanted(r, bytes)) owners.push_back(r);
+  if (owners.empty()) return;
+  ++counters_.second_records;
+  if (wanted(options_.rank, bytes)) {
+    enter(step, "grow");
+    SecondRecord& second = peers_.own().seconds[seq % 2];
+    second.seq = seq;
+    second.status = Status::ok;
+    BlockPtr* blocks[kMaxBlocks] = {&flight.x, &flight.sf, &flight.scratch};
+    for (int b = 0; b < kMaxBlocks; ++b) {
+      second.blocks[b] = *blocks[b] ? (*blocks[b])->ref() : BlockRef{};
+      if (second.blocks[b].bytes >= bytes[b]) continue;
+      second.wanted_bytes = bytes[b];
+      try {
+        blocks[b]->reset();
+        *blocks[b] = heap_->allocate(bytes[b]);
+        second.blocks[b] = (*blocks[b])->ref();
+      } catch (const Error&) {
+        second.status = Status::cannot_grow;
+        break;
+      }
+    }
+    peers_.signal_all(&Inbox::second, seq);
+  }
+  enter(step, "grow wait");
+  peers_.wait(&Inbox::second, seq, step.where, *step.interrupted, &owners);
+  for (int r : owners) {
+    const SecondRecord second = peers_.of(r).seconds[seq % 2];
+    if (second.status != Status::ok) {
+      Error error(ErrorKind::general,
+                  "the heap of rank " + std::to_string(r) + " cannot grow by " +
+                      std::to_string(second.wanted_bytes >> 20) +
+                      " MiB for what it receives. Nothing was moved. Remedy: free received tensors, use fewer tokens "
+                      "per call, or give the machine (or the container's memory limit) more.");
+      error.ranks = {r};
+      error.agreed = true;
+      throw error;
+    }
+    std::copy(std::begin(second.blocks), std::end(second.blocks), std::begin(records[r].blocks));
+  }
+}
+
+void Engine::dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Events& previous,
+                           const Interrupted& interrupted) {
+  DispatchFlight* f = &flight;
+  flight.event = run(flight.params.background, previous, interrupted, [this, f, outputs](const Interrupted& interrupt) {
+    Step step{{f->params.cached ? Op::cached_dispatch : Op::dispatch, "place", f->seq}, true, &interrupt};
+    guarded(step, [&] {
+      require_usable();
+      enter(step, "place");
+      place(*f);
+      enter(step, "arrive");
+      arrive(*f, step);
+      deliver(*f, outputs);
+    });
+  });
+}
+
+// Writes every row of this rank at its final place. Who may be reading there: nobody. The block was offered in this
+// operation's record, and its owner hands it to its user only after every source has signalled arrival.
+void Engine::place(DispatchFlight& flight) {
+  const DispatchParams& p = flight.params;
+  const Kernels& kernel = kernels();
+  const bool expand = p.layout == Layout::expand;
+  int64_t moved = 0;
+  for (int64_t i = 0; i < p.num_tokens * p.num_slots; ++i) {
+    if (!moves(p.targets[i])) continue;
+    ++moved;
+    const int r = target_rank(p.targets[i]);
+    if (r >= options_.num_ranks || target_row(p.targets[i]) >= std::max<int64_t>(flight.destinations[r].row_limit, 1))
+      throw Error(ErrorKind::general, "the handle names row " + std::to_string(target_row(p.targets[i])) + " of rank " +
+                                          std::to_string(r) + ", which has no such row: it is not this dispatch's");
+  }
+  const bool stream = moved * p.row_bytes > kStreamBytes;
+  const auto* x = static_cast<const char*>(p.x);
+  const auto* sf = static_cast<const char*>(p.sf);
+
+  auto small = [&](int64_t t, const Destination& d, int r, int64_t row) {
+    // Compact layouts: the small arrays of one row.
+    if (!p.cached) {
+      reinterpret_cast<int32_t*>(d.scratch + d.layout.src)[row] = static_cast<int32_t>(t);
+      if (p.topk_idx) {
+        auto* ids = reinterpret_cast<int64_t*>(d.scratch + d.layout.topk) + row * p.num_topk;
+        for (int j = 0; j < p.num_topk; ++j) {
+          const int64_t e = p.topk_idx[t * p.num_topk + j];
+          const bool owned = e >= 0 && p.placement.rank[e] == r;
+          ids[j] = owned ? p.placement.local[e] : -1;
+        }
+      }
+    }
+    if (p.topk_weights) {
+      auto* weights = reinterpret_cast<float*>(d.scratch + d.layout.weights) + row * p.num_topk;
+      std::memcpy(weights, p.topk_weights + t * p.num_topk, static_cast<size_t>(p.num_topk) * 4);
+      if (p.mask_weights)
+        for (int j = 0; j < p.num_topk; ++j) {
+          const int64_t e = p.topk_idx[t * p.num_topk + j];
+          if (e < 0 || p.placement.rank[e] != r) weights[j] = 0;
+        }
+    }
+  };
+
+  threads_.run(p.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
+    std::vector<void*> x_rows(p.num_slots), sf_rows(p.num_slots);
+    for (int64_t t = begin; t < end; ++t) {
+      int n = 0;
+      for (int k = 0; k < p.num_slots; ++k) {
+        const int64_t target = p.targets[t * p.num_slots + k];
+        if (!moves(target)) continue;
+        const int r = target_rank(target);
+        const int64_t row = target_row(target);
+        const Destination& d = flight.destinations[r];
+        x_rows[n] = d.x + row * p.row_bytes;
+        if (sf) sf_rows[n] = d.sf + row * p.sf_bytes;
+        ++n;
+        if (!expand)
+          small(t, d, r, row);
+        else if (p.topk_weights)
+          reinterpret_cast<float*>(d.scratch + d.layout.weights)[row] = p.topk_weights[t * p.num_topk + k];
+      }
+      if (n == 0) continue;
+      kernel.copy_row(x + t * p.x_stride_bytes, x_rows.data(), n, static_cast<size_t>(p.row_bytes), stream);
+      if (sf) kernel.copy_row(sf + t * p.sf_bytes, sf_rows.data(), n, static_cast<size_t>(p.sf_bytes), false);
+    }
+    if (stream) kernel.fence();
+  });
+
+  if (!expand || p.cached) return;
+  // Expanded: one metadata row per token and destination: the source token, then its row per slot.
+  std::vector<int64_t> next(options_.num_ranks);
+  std::vector<int64_t> seen(options_.num_ranks, -1);
+  for (int r = 0; r < options_.num_ranks; ++r) next[r] = flight.destinations[r].first_token;
+  for (int64_t t = 0; t < p.num_tokens; ++t)
+    for (int k = 0; k < p.num_slots; ++k) {
+      const int64_t target = p.targets[t * p.num_slots + k];
+      if (target < 0) continue;
+      const int r = target_rank(target);
+      const Destination& d = flight.destinations[r];
+      auto* all = reinterpret_cast<int32_t*>(d.scratch + d.layout.src);
+      if (seen[r] != t) {
+        seen[r] = t;
+        int32_t* meta = all + next[r]++ * (1 + p.num_topk);
+        meta[0] = static_cast<int32_t>(t);
+        std::fill(meta + 1, meta + 1 + p.num_topk, -1);
+      }
+      all[(next[r] - 1) * (1 + p.num_topk) + 1 + k] = static_cast<int32_t>(target_row(target));
+    }
+}
+
+void Engine::arrive(DispatchFlight& flight, Step& step) {
+  // Every source signals every destination, zero rows included: the destination waits for all of them.
+  peers_.signal_all(&Inbox::arrived, flight.seq);
+  peers_.wait(&Inbox::arrived, flight.seq, step.where, *step.interrupted);
+  note_mapped(flight.x_ref);
+  note_mapped(flight.sf_ref);
+  for (const BlockPtr* block : {&flight.scratch, &counts_[flight.seq % 2]})
+    if (*block) note_mapped((*block)->ref());
+}
+
+void Engine::deliver(DispatchFlight& flight, const DispatchOutputs& out) {
+  const DispatchParams& p = flight.params;
+  const int64_t tokens = flight.num_recv_tokens, rows = flight.num_rows;
+  const bool expand = p.layout == Layout::expand;
+  const int num_ranks = options_.num_ranks;
+  const char* scratch = flight.scratch ? flight.scratch->data : nullptr;
+  const ScratchLayout& at = flight.destinations[options_.rank].layout;
+  if (out.recv_topk_weights && scratch)
+    std::memcpy(out.recv_topk_weights, scratch + at.weights, static_cast<size_t>(expand ? rows : rows * p.num_topk) * 4);
+  if (out.recv_topk_idx) {
+    std::memcpy(out.recv_topk_idx, scratch + at.topk, static_cast<size_t>(tokens * p.num_topk) * 8);
+    std::fill(out.recv_topk_idx + tokens * p.num_topk, out.recv_topk_idx + flight.num_output_rows * p.num_topk,
+              int64_t{-1});
+  }
+  if (out.recv_meta) {
+    const auto* src = reinterpret_cast<const int32_t*>(scratch + at.src);
+    if (p.layout == Layout::rank) {
+      std::copy(src, src + tokens, out.recv_meta);
+      std::fill(out.recv_meta + tokens, out.recv_meta + flight.num_output_rows, -1);
+    } else {
+      const int width = expand ? 1 + p.num_topk : 1;
+      int64_t row = 0;
+      for (int s = 0; s < num_ranks; ++s)
+        for (const int64_t end = p.rank_prefix[s * num_ranks + options_.rank]; row < end; ++row) {
+          int32_t* meta = out.recv_meta + row * (2 + p.num_topk);
+          meta[0] = static_cast<int32_t>(s * flight.num_max_tokens_per_rank) + src[row * width];
+          meta[1] = s;
+          if (expand)
+            std::copy(src + row * width + 1, src + (row + 1) * width, meta + 2);
+          else
+            std::fill(meta + 2, meta + 2 + p.num_topk, -1);
+        }
+    }
+  }
+  if (p.zero_padding && expand) zero_gaps(flight, out);
+  if (out.recv_x) std::memcpy(out.recv_x, flight.x_data, static_cast<size_t>(rows * p.row_bytes));
+  if (out.recv_sf && out.recv_sf_leading > 0) {
+    const auto* from = reinterpret_cast<const uint32_t*>(flight.sf_data);
+    auto* to = static_cast<uint32_t*>(out.recv_sf);
+    const int64_t columns = p.sf_bytes / 4;
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t c = 0; c < columns; ++c) to[c * out.recv_sf_leading + row] = from[row * columns + c];
+  } else if (out.recv_sf) {
+    std::memcpy(out.recv_sf, flight.sf_data, static_cast<size_t>(rows * p.sf_bytes));
+  }
+  // Whatever no tensor has taken over goes back.
+  flight.x.reset();
+  flight.sf.reset();
+  flight.scratch.reset();
+}
+
+void Engine::zero_gaps(DispatchFlight& flight, const DispatchOutputs& out) {
+  const DispatchParams& p = flight.params;
+  int64_t row = 0;
+  for (int i = 0; i < p.num_local; ++i) {
+    row += p.expert_counts[i];
+    const int64_t end = align_up(row, p.expert_alignment);
+    const auto gap = static_cast<size_t>(end - row);
+    std::memset(flight.x_data + row * p.row_bytes, 0, gap * static_cast<size_t>(p.row_bytes));
+    if (p.sf_bytes) std::memset(flight.sf_data + row * p.sf_bytes, 0, gap * static_cast<size_t>(p.sf_bytes));
+    if (out.recv_topk_weights) std::fill(out.recv_topk_weights + row, out.recv_topk_weights + end, 0.0F);
+    row = end;
+  }
+}
+
+}  // namespace deep_ep

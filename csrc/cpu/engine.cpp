@@ -1,0 +1,293 @@
+#include "cpu/engine.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "cpu/futex.hpp"
+
+namespace deep_ep {
+namespace {
+
+// Names of Record::fields by operation: what must agree, in words for errors.
+const std::vector<const char*>& field_names(Op op) {
+  static const std::vector<const char*> dispatch = {
+      "layout",    "hidden",      "dtype",           "scale factor bytes", "num_topk",        "num_experts",
+      "topk_idx given", "topk_weights given", "expert_alignment", "num_worst_tokens",   "num_max_tokens_per_rank", "handle"};
+  static const std::vector<const char*> combine = {"layout", "hidden",       "dtype",
+                                                   "handle", "topk_weights columns", "allow_multiple_reduction"};
+  static const std::vector<const char*> none;
+  switch (op) {
+    case Op::dispatch:
+    case Op::cached_dispatch: return dispatch;
+    case Op::combine: return combine;
+    case Op::barrier: return none;
+  }
+  return none;
+}
+
+}  // namespace
+
+Engine::Engine(const EngineOptions& options)
+    : options_(options),
+      peers_({options.epoch, options.rank, options.num_ranks, options.timeout_seconds, options.spin_microseconds}),
+      heap_(std::make_shared<Heap>(
+          HeapOptions{options.epoch, options.rank, options.num_ranks, options.max_heap_bytes})),
+      threads_(options.num_threads) {
+  heap_->attach(
+      [](void* peers, const Segment& segment, uint64_t prefault_bytes) {
+        static_cast<Peers*>(peers)->announce(segment, prefault_bytes);
+      },
+      &peers_);
+  const uint64_t first = std::max<uint64_t>(options.heap_bytes, kHugePage / 2);
+  heap_->add_segment(first, first);
+}
+
+Engine::~Engine() {
+  close(0, nullptr);
+  worker_.stop();
+}
+
+void Engine::map_heaps() {
+  peers_.map_all();
+  mapped_.assign(heap_->num_segments(), true);
+}
+
+void Engine::note_mapped(const BlockRef& ref) {
+  if (ref.bytes == 0) return;
+  if (ref.segment >= mapped_.size()) mapped_.resize(ref.segment + 1, false);
+  mapped_[ref.segment] = true;
+}
+
+void Engine::enter(Step& step, const char* phase) {
+  step.where.phase = phase;
+  if (hook_) hook_(phase);
+}
+
+void Engine::require_usable() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) throw Error(ErrorKind::general, "this buffer was destroyed: build a new one");
+  if (poisoned_) throw *poisoned_;
+}
+
+void Engine::give_up(const Error& error, Op op) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (poisoned_) return;
+    poisoned_ = error;
+    if (error.kind == ErrorKind::interrupted) poisoned_->kind = ErrorKind::general;
+  }
+  peers_.poison(error, op);
+}
+
+// Every error leaves with its operation, phase and number. After publishing, peers count on this operation: an error
+// that they do not share poisons the buffer on all ranks. Nothing is allocated from a poisoned heap again, so a peer
+// that is still writing into an offer harms nobody.
+void Engine::guarded(Step& step, const std::function<void()>& body) {
+  try {
+    body();
+    return;
+  } catch (Error& error) {
+    error.op = name_of(step.where.op);
+    error.phase = step.where.phase;
+    error.seq = step.where.seq;
+    if (step.published && !error.agreed) give_up(error, step.where.op);
+    throw;
+  } catch (const std::exception& other) {
+    Error error(ErrorKind::general, other.what());
+    error.op = name_of(step.where.op);
+    error.phase = step.where.phase;
+    error.seq = step.where.seq;
+    if (step.published) give_up(error, step.where.op);
+    throw error;
+  }
+}
+
+void Engine::join_background(const Interrupted& interrupted) {
+  // Its error is its own event's to report; what concerns later calls is in `poisoned_`.
+  while (auto last = worker_.last()) {
+    try {
+      if (!last->wait(interrupted)) throw Error(ErrorKind::interrupted, "interrupted behind background operations");
+    } catch (const Error& error) {
+      if (error.kind == ErrorKind::interrupted) throw;
+    }
+  }
+}
+
+std::shared_ptr<Event> Engine::run(bool background, const Events& previous, const Interrupted& interrupted,
+                                   std::function<void(const Interrupted&)> body) {
+  auto all = [previous, body = std::move(body)](const Interrupted& interrupt) {
+    for (const auto& event : previous)
+      if (!event->wait(interrupt)) throw Error(ErrorKind::interrupted, "interrupted while waiting for previous_event");
+    body(interrupt);
+  };
+  if (background) return worker_.submit([all] { all(nullptr); });
+  join_background(interrupted);
+  all(interrupted);
+  return nullptr;
+}
+
+Record& Engine::next_record(Step& step) {
+  require_usable();
+  step.where.seq = ++seq_;
+  // The rule of wire.hpp: slot seq % 2 is free once everyone published seq - 1. A rendezvous leaves that behind; an
+  // operation that failed here did not wait for one.
+  if (rendezvous_open_ && step.where.seq > 1) {
+    step.published = true;  // peers saw the earlier record: not coming now would leave them waiting
+    enter(step, "catch up");
+    peers_.wait(&Inbox::record, step.where.seq - 1, step.where, *step.interrupted);
+    step.published = false;
+  }
+  rendezvous_open_ = true;
+  Record& record = peers_.own().records[step.where.seq % 2];
+  std::memset(static_cast<void*>(&record), 0, offsetof(Record, text) + 1);
+  record.seq = step.where.seq;
+  record.op = step.where.op;
+  return record;
+}
+
+void Engine::publish(Step& step) {
+  step.published = true;
+  ++counters_.operations;
+  peers_.signal_all(&Inbox::record, step.where.seq);
+}
+
+void Engine::publish_failed(Step& step, Record& record, const std::string& text) {
+  record.status = Status::failed;
+  const size_t n = std::min(text.size(), sizeof record.text - 1);
+  std::memcpy(record.text, text.data(), n);
+  record.text[n] = '\0';
+  publish(step);
+}
+
+std::vector<Record> Engine::rendezvous(Step& step) {
+  peers_.wait(&Inbox::record, step.where.seq, step.where, *step.interrupted);
+  std::vector<Record> records(options_.num_ranks);
+  for (int r = 0; r < options_.num_ranks; ++r) {
+    const Record& record = peers_.of(r).records[step.where.seq % 2];
+    std::memcpy(static_cast<void*>(&records[r]), &record,
+                record.status == Status::ok ? offsetof(Record, text) : sizeof(Record));
+  }
+  rendezvous_open_ = false;
+  check_agreement(step, records);
+  return records;
+}
+
+void Engine::check_agreement(const Step& step, const std::vector<Record>& records) const {
+  std::vector<int> failed;
+  for (int r = 0; r < options_.num_ranks; ++r)
+    if (records[r].status == Status::failed) failed.push_back(r);
+  if (!failed.empty()) {
+    Error error(ErrorKind::argument, "refused on rank " + std::to_string(failed[0]) + ": " + records[failed[0]].text);
+    error.ranks = failed;
+    error.agreed = true;
+    throw error;
+  }
+  auto mismatch = [&](const char* field, auto value, auto word) {
+    bool equal = true;
+    for (const Record& record : records) equal = equal && value(record) == value(records[0]);
+    if (equal) return;
+    Error error(ErrorKind::mismatch, std::string("ranks disagree about ") + field + ":");
+    for (int r = 0; r < options_.num_ranks; ++r) {
+      error.values.push_back(static_cast<int64_t>(value(records[r])));
+      error.names.push_back(word(records[r]));
+      error.message += (r ? ", rank " : " rank ") + std::to_string(r) + ": " + error.names.back();
+      error.ranks.push_back(r);
+    }
+    error.message += ". Nothing was moved; every rank must make the same calls with the same arguments.";
+    error.field = field;
+    error.agreed = true;
+    throw error;
+  };
+  mismatch(
+      "operation", [](const Record& r) { return static_cast<int64_t>(r.op); },
+      [](const Record& r) { return std::string(name_of(r.op)); });
+  const auto& names = field_names(step.where.op);
+  for (size_t i = 0; i < names.size(); ++i)
+    mismatch(
+        names[i], [i](const Record& r) { return r.fields[i]; },
+        [i](const Record& r) { return std::to_string(r.fields[i]); });
+}
+
+void Engine::barrier(const Interrupted& interrupted) {
+  run(false, {}, interrupted, [this](const Interrupted& interrupt) {
+    Step step{{Op::barrier, "publish", 0}, false, &interrupt};
+    guarded(step, [&] {
+      next_record(step);
+      publish(step);
+      enter(step, "notify");
+      rendezvous(step);
+    });
+  });
+}
+
+void Engine::fail(Op op, const std::string& text, const Interrupted& interrupted) {
+  run(false, {}, interrupted, [&](const Interrupted& interrupt) {
+    Step step{{op, "publish", 0}, false, &interrupt};
+    guarded(step, [&] {
+      publish_failed(step, next_record(step), text);
+    });
+  });
+}
+
+BlockPtr Engine::allocate(uint64_t bytes) {
+  require_usable();
+  return heap_->allocate(bytes);
+}
+
+BlockPtr Engine::allocate_result(uint64_t bytes) {
+  require_usable();
+  if (heap_->over_limit(bytes)) {
+    ++counters_.moved_to_ordinary_memory;
+    return nullptr;
+  }
+  return heap_->allocate(bytes);
+}
+
+int Engine::threads_for(int max_threads, bool background) const {
+  int n = options_.num_threads;
+  if (max_threads > 0) n = std::min(n, max_threads);
+  // In the background one core is left to the computation that shall be hidden behind.
+  return background ? std::max(1, n - 1) : n;
+}
+
+void Engine::close(double grace_seconds, const Interrupted& interrupted) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) return;
+    closed_ = true;
+  }
+  const double until = now_seconds() + grace_seconds;
+  auto expired = [&] { return now_seconds() >= until || (interrupted && interrupted()); };
+  if (auto last = worker_.last()) {
+    bool done = false;
+    try {
+      done = last->wait(expired);
+    } catch (...) {
+      done = true;
+    }
+    if (!done) {
+      const std::string why = "the buffer was destroyed while this operation was in flight";
+      give_up(Error(ErrorKind::general, why), Op::barrier);
+      peers_.cancel(why);
+    }
+  }
+  peers_.close();
+  heap_->detach();
+  lent_.clear();
+}
+
+EngineStatistics Engine::statistics() const {
+  EngineStatistics out;
+  out.operations = counters_.operations;
+  out.rendezvous_with_counts = counters_.rendezvous_with_counts;
+  out.second_records = counters_.second_records;
+  out.moved_to_ordinary_memory = counters_.moved_to_ordinary_memory;
+  out.copied_combine_inputs = counters_.copied_combine_inputs;
+  out.heap_bytes = heap_->total_bytes();
+  out.held_bytes = heap_->held_bytes();
+  out.segments = heap_->num_segments();
+  return out;
+}
+
+}  // namespace deep_ep

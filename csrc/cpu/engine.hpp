@@ -1,0 +1,138 @@
+// One rank's engine on shared memory: dispatch, combine and barrier over the protocol of docs/architecture.md.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+
+#include "cpu/heap.hpp"
+#include "cpu/operation.hpp"
+#include "cpu/peers.hpp"
+#include "cpu/threads.hpp"
+#include "cpu/worker.hpp"
+
+namespace deep_ep {
+
+struct EngineOptions {
+  uint64_t epoch = 0;
+  int rank = 0;
+  int num_ranks = 1;
+  double timeout_seconds = 300;
+  double spin_microseconds = 0;
+  uint64_t max_heap_bytes = 0;
+  uint64_t heap_bytes = 0;  // prefaulted at construction
+  int num_threads = 1;
+};
+
+struct EngineStatistics {
+  uint64_t operations = 0;
+  uint64_t rendezvous_with_counts = 0;
+  uint64_t second_records = 0;
+  uint64_t heap_bytes = 0;
+  uint64_t held_bytes = 0;
+  uint64_t segments = 0;
+  uint64_t moved_to_ordinary_memory = 0;
+  uint64_t copied_combine_inputs = 0;
+};
+
+// Calls come from one thread at a time, in the same order on every rank. Everything before the shapes are known runs
+// in the calling thread, or behind earlier background work; the rest too, unless params ask for the background.
+class Engine {
+ public:
+  explicit Engine(const EngineOptions& options);
+  ~Engine();
+
+  int num_ranks() const { return options_.num_ranks; }
+  SegmentAddress endpoint() const { return peers_.endpoint(); }
+  void connect(const std::vector<SegmentAddress>& addresses) { peers_.connect(addresses); }
+  // After every rank connected: map what peers have announced. A rank leaves construction only after all have done so.
+  void map_heaps();
+
+  std::unique_ptr<DispatchFlight> dispatch_begin(const DispatchParams& params, const Events& previous,
+                                                 const Interrupted& interrupted);
+  void dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Events& previous,
+                     const Interrupted& interrupted);
+  // Null: complete when it returned.
+  std::shared_ptr<Event> combine(const CombineParams& params, const Events& previous, const Interrupted& interrupted);
+  void barrier(const Interrupted& interrupted);
+  // Takes this rank's place in the order with a failed record; peers raise `text`.
+  void fail(Op op, const std::string& text, const Interrupted& interrupted);
+
+  BlockPtr allocate(uint64_t bytes);
+  // Null where the user already holds as much as the heap may give.
+  BlockPtr allocate_result(uint64_t bytes);
+
+  // Idempotent. Background work gets `grace_seconds` to end, then is cancelled.
+  void close(double grace_seconds, const Interrupted& interrupted);
+  EngineStatistics statistics() const;
+
+  // Tests: called in each phase, in the thread that runs it.
+  void set_phase_hook(std::function<void(const char*)> hook) { hook_ = std::move(hook); }
+
+ private:
+  // The operation under way in one thread: where it is, for errors, and whether peers count on it.
+  struct Step {
+    Where where;
+    bool published = false;
+    const Interrupted* interrupted;
+  };
+  void enter(Step& step, const char* phase);
+  void guarded(Step& step, const std::function<void()>& body);
+  void give_up(const Error& error, Op op);
+  void require_usable() const;
+  void join_background(const Interrupted& interrupted);
+  // Runs `body(interrupted)` now, or behind earlier background work in the background.
+  std::shared_ptr<Event> run(bool background, const Events& previous, const Interrupted& interrupted,
+                             std::function<void(const Interrupted&)> body);
+
+  Record& next_record(Step& step);
+  void publish(Step& step);
+  void publish_failed(Step& step, Record& record, const std::string& text);
+  // Waits for every record of `step` and copies it out; throws the agreed errors: failed, mismatch.
+  std::vector<Record> rendezvous(Step& step);
+  void check_agreement(const Step& step, const std::vector<Record>& records) const;
+
+  // dispatch.cpp
+  void notify(DispatchFlight& flight, Step& step);
+  void count(DispatchFlight& flight, Step& step, Counts* counts);
+  void make_offers(DispatchFlight& flight, Record& record, const Counts& counts);
+  void second_records(DispatchFlight& flight, Step& step, std::vector<Record>& records);
+  void place(DispatchFlight& flight);
+  void arrive(DispatchFlight& flight, Step& step);
+  void deliver(DispatchFlight& flight, const DispatchOutputs& outputs);
+  void zero_gaps(DispatchFlight& flight, const DispatchOutputs& outputs);
+  // combine.cpp
+  void combine_now(const CombineParams& params, Step& step);
+  BlockRef publish_rows(const CombineParams& params, BlockPtr* copy);
+  void reduce(const CombineParams& params, const std::vector<Record>& records);
+  void free_released();
+  // Peers map a segment when a record first names a block in it, and can do so only while this rank lives.
+  bool mapped_by_all(const BlockRef& ref) const { return ref.bytes == 0 || (ref.segment < mapped_.size() && mapped_[ref.segment]); }
+  void note_mapped(const BlockRef& ref);
+
+  int threads_for(int max_threads, bool background) const;
+
+  const EngineOptions options_;
+  Peers peers_;
+  std::shared_ptr<Heap> heap_;
+  CopyThreads threads_;
+  std::function<void(const char*)> hook_;
+  uint64_t seq_ = 0;
+  bool rendezvous_open_ = false;  // the last operation ended without seeing everyone's record
+  BlockPtr counts_[2];            // of records in slot 0 and 1
+  std::vector<bool> mapped_;      // by segment
+  int64_t expected_rows_ = 0;     // of the next dispatch: what offers are made for
+  std::deque<std::pair<uint64_t, BlockPtr>> lent_;  // copied combine inputs, until every reader released them
+  mutable std::mutex mutex_;      // poisoned_, closed_
+  std::optional<Error> poisoned_;
+  bool closed_ = false;
+  struct {
+    std::atomic<uint64_t> operations{0}, rendezvous_with_counts{0}, second_records{0}, moved_to_ordinary_memory{0},
+        copied_combine_inputs{0};
+  } counters_;
+  Worker worker_;  // last: its thread ends before anything it uses
+};
+
+}  // namespace deep_ep

@@ -1,0 +1,120 @@
+// What callers ask of the engine: one params struct per operation, raw pointers in row-major memory, sizes in elements
+// unless they say bytes. Pointers stay valid until the operation is complete.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/heap.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/worker.hpp"
+#include "protocol/plan.hpp"
+
+namespace deep_ep {
+
+using Interrupted = std::function<bool()>;
+using Events = std::vector<std::shared_ptr<Event>>;
+
+struct DispatchParams {
+  Layout layout = Layout::topk;
+  bool cached = false;
+  int64_t num_tokens = 0;
+  int num_slots = 0;  // columns of targets: slots, or ranks for Layout::rank
+  int num_topk = 0;   // columns of topk_idx and topk_weights
+  // Routing: topk_idx drives topk and expand; is_token_in_rank drives rank, with topk_idx beside it or null.
+  const int64_t* topk_idx = nullptr;
+  const float* topk_weights = nullptr;
+  const uint8_t* is_token_in_rank = nullptr;
+  const int32_t* num_tokens_per_rank = nullptr;    // rank: what the caller claims; checked
+  const int32_t* num_tokens_per_expert = nullptr;  // rank: as the caller counted
+  Placement placement;  // uncached
+  int num_local = 0;    // experts of this rank
+  // The plan. Uncached: written. Cached: read.
+  int64_t* targets = nullptr;        // [num_tokens, num_slots]
+  int32_t* rank_prefix = nullptr;    // [num_ranks, num_ranks]
+  int32_t* expert_counts = nullptr;  // [num_local]
+  uint64_t digest = 0;               // cached
+  int64_t num_rows = 0;              // cached: rows of this rank's output
+  // Rows.
+  const void* x = nullptr;
+  int64_t x_stride_bytes = 0;
+  int64_t row_bytes = 0;
+  int64_t hidden = 0;
+  int32_t dtype = 0;  // a code that must agree
+  const void* sf = nullptr;  // contiguous
+  int64_t sf_bytes = 0;      // of one row
+  // Flags.
+  int expert_alignment = 1;
+  bool zero_padding = false;
+  bool mask_weights = false;
+  int64_t num_worst_tokens = 0;
+  int64_t num_max_tokens_per_rank = 0;  // 0: the largest token count of this call
+  int max_threads = 0;
+  bool background = false;
+};
+
+// Where the small results of a dispatch go; null where not wanted. Rows: see types.py, Dispatched.
+struct DispatchOutputs {
+  void* recv_x = nullptr;   // only where the flight is `staged`: ordinary memory to copy to
+  void* recv_sf = nullptr;  // the same; or the column-major tensor that was asked for
+  int64_t recv_sf_leading = 0;  // > 0: column-major with this leading dimension, in elements of 4 bytes
+  int64_t* recv_topk_idx = nullptr;
+  float* recv_topk_weights = nullptr;
+  int32_t* recv_meta = nullptr;
+};
+
+// Addresses of one destination's blocks, in this process.
+struct Destination {
+  char* x = nullptr;
+  char* sf = nullptr;
+  char* scratch = nullptr;
+  ScratchLayout layout;
+  int64_t row_limit = 0;  // rows that its x block holds
+  int64_t first_token = 0;  // this source's first row among its unique tokens
+};
+
+struct DispatchFlight {
+  DispatchParams params;
+  uint64_t seq = 0;
+  uint64_t digest = 0;
+  int64_t num_recv_tokens = 0;
+  int64_t num_rows = 0;
+  int64_t num_output_rows = 0;
+  int64_t num_max_tokens_per_rank = 0;
+  bool staged = false;  // users hold too much already: the result moves to ordinary memory
+  BlockPtr x, sf, scratch;  // x and sf: until tensors take them over
+  BlockRef x_ref, sf_ref;
+  char *x_data = nullptr, *sf_data = nullptr;
+  CountMatrix matrix;
+  ExpandedRows expanded;
+  std::vector<Destination> destinations;
+  std::shared_ptr<Event> event;  // null: complete when dispatch_move returned
+};
+
+struct CombineParams {
+  Layout layout = Layout::topk;
+  int64_t num_tokens = 0;
+  int num_slots = 0;
+  const int64_t* targets = nullptr;
+  uint64_t digest = 0;
+  const void* y = nullptr;
+  int64_t y_rows = 0;
+  int64_t y_stride_bytes = 0;
+  int64_t row_bytes = 0;
+  int64_t hidden = 0;
+  RowType dtype = RowType::bf16;
+  const float* weights = nullptr;  // [y_rows, num_weights], contiguous; num_weights 1 for expand
+  int num_weights = 0;
+  const void* bias[2] = {nullptr, nullptr};
+  int num_bias = 0;
+  bool reduce_per_rank = false;
+  void* out = nullptr;           // [num_tokens, hidden]
+  float* out_weights = nullptr;  // [num_tokens, num_weights], expand: [num_tokens, num_slots]
+  int max_threads = 0;
+  bool background = false;
+};
+
+}  // namespace deep_ep

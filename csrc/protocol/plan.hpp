@@ -1,0 +1,82 @@
+// Plans as pure functions: from routing and the count matrix to the final row of every token. No communication.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace deep_ep {
+
+// How the columns of `targets` are read; see deep_ep_py/types.py, PlanLayout.
+enum class Layout : int32_t { rank = 0, topk = 1, expand = 2 };
+
+// One entry of `targets`: -1, or destination rank << 32 | row, with kSharedRow on all but the last slot of a shared row.
+constexpr int64_t kSharedRow = int64_t{1} << 62;
+inline int64_t make_target(int rank, int64_t row) { return (static_cast<int64_t>(rank) << 32) | row; }
+inline bool moves(int64_t target) { return target >= 0 && !(target & kSharedRow); }
+inline int target_rank(int64_t target) { return static_cast<int>((target & ~kSharedRow) >> 32); }
+inline int64_t target_row(int64_t target) { return target & 0xffffffff; }
+
+inline int64_t align_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Where experts live.
+struct Placement {
+  int num_experts = 0;
+  int num_ranks = 0;
+  const int32_t* rank = nullptr;   // [num_experts]
+  const int32_t* local = nullptr;  // [num_experts]
+};
+
+// What one rank sends: tokens per destination rank (a token counts once) and slots per expert.
+struct Counts {
+  std::vector<int32_t> per_rank, per_expert;
+};
+
+// Fill `targets` with rows relative to this source's first row at each destination (expand: of each expert), and count.
+// Return an empty string, or what is wrong with the routing.
+std::string layout_topk(const int64_t* topk_idx, int64_t num_tokens, int num_topk, const Placement& placement,
+                        bool expand, int64_t* targets, Counts* counts);
+std::string layout_rank(const uint8_t* is_token_in_rank, int64_t num_tokens, int num_ranks, int64_t* targets,
+                        Counts* counts);
+
+// The count matrix of all sources; what every rank knows after the rendezvous.
+struct CountMatrix {
+  int num_ranks = 0;
+  std::vector<int32_t> rank;    // [source, destination]
+  std::vector<int32_t> expert;  // [source, num_experts]; expand only
+  int64_t tokens_to(int destination) const;
+};
+
+// Rows of each expert in its owner's expanded output: first row (a multiple of `alignment`) and exact count over all
+// sources; and rows per rank, gaps included.
+struct ExpandedRows {
+  std::vector<int64_t> first, count;  // [num_experts]
+  std::vector<int64_t> rows;          // [num_ranks]
+};
+ExpandedRows expanded_rows(const CountMatrix& matrix, const Placement& placement, int alignment);
+
+// Turn the relative rows of `source` into final ones.
+void finish_targets(Layout layout, const CountMatrix& matrix, const ExpandedRows* expanded, const int64_t* topk_idx,
+                    int source, int64_t num_tokens, int num_slots, int64_t* targets);
+
+// [num_ranks, num_ranks] inclusive sums over sources: V1's rank_prefix_matrix.
+void rank_prefix(const CountMatrix& matrix, int32_t* out);
+
+// V1 handles carry no targets but send_head [T, R] (index among this source's tokens for that rank, or -1) and the
+// prefix matrix; each follows from the other.
+void heads_from_targets(const int64_t* targets, const int32_t* prefix, int source, int num_ranks, int64_t num_tokens,
+                        int32_t* send_head);
+void targets_from_heads(const int32_t* send_head, const int32_t* prefix, int source, int num_ranks, int64_t num_tokens,
+                        int64_t* targets);
+
+uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed);
+
+// The small arrays that travel with the rows of an uncached dispatch, as offsets into the receiver's scratch block.
+// compact: src int32 [N], topk int64 [N, K], weights float [N, K]; expand: src int32 [N, 1 + K], weights float [D].
+struct ScratchLayout {
+  uint64_t src = 0, topk = 0, weights = 0, bytes = 0;
+};
+ScratchLayout scratch_layout(Layout layout, int64_t num_tokens, int64_t num_rows, int num_topk, bool has_topk,
+                             bool has_weights);
+
+}  // namespace deep_ep

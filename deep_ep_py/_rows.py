@@ -1,0 +1,269 @@
+"""Channels that carry rows between ranks: over a torch process group, and between threads of one process.
+
+Part of :mod:`deep_ep_py.communicator`, which opens them.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from functools import partial
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from .errors import EPPeerError, EPTimeoutError
+
+_EXIT_SECONDS = 5.0  # how long an operation in the background may hold up the interpreter's exit
+_SURVIVOR_SECONDS = 1.0  # after a failure: how long a rank may take to say that it is still there
+
+
+class RowChannel(Protocol):
+    """Moves rows between all ranks. Collective: the same calls in the same order on every rank."""
+
+    def all_to_all_single(
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
+    ) -> None:
+        """Split ``input`` along dim 0, part r to rank r; ``output`` is what came, by rank.
+
+        Contiguous CPU tensors of any dtype, equal on all ranks but for dim 0. Waits with a deadline, answers Ctrl-C.
+
+        Raises:
+            EPTimeoutError, EPPeerError: ``ranks`` did not come or are gone, as far as this can be found out (empty
+                where it cannot). The channel is broken then and raises the same error again.
+        """
+
+    def close(self) -> None:
+        """Give the channel back. Idempotent, not collective, never waits for a peer."""
+
+
+class ThreadMeeting:
+    """Where the ranks of one channel between threads meet."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.members = 0
+        self.arrived: dict[int, dict[int, tuple[torch.Tensor, list[int]]]] = {}  # exchange -> rank -> bytes, offsets
+        self.copied: dict[int, int] = {}  # exchange -> ranks that have taken their parts
+        self.closed: set[int] = set()
+        self.failure: Callable[[], EPPeerError | EPTimeoutError] | None = None
+
+
+class ThreadRows:
+    """Rows between threads: everyone shows its input, everyone copies its parts, everyone waits for all copies."""
+
+    def __init__(self, meeting: ThreadMeeting, rank: int, size: int, timeout: float) -> None:
+        self._meeting = meeting
+        self._rank = rank
+        self._size = size
+        self._timeout = timeout
+        self._count = 0
+
+    def all_to_all_single(
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
+    ) -> None:
+        m, count = self._meeting, self._count
+        self._count += 1
+        with m.changed:
+            arrived = m.arrived.setdefault(count, {})
+            arrived[self._rank] = (as_bytes(input), [0, *accumulate(input_splits)])
+            m.changed.notify_all()
+            self._wait_for(lambda: len(arrived) == self._size, lambda r: r in arrived)
+        parts = []
+        for source in range(self._size):
+            rows, offsets = arrived[source]
+            parts.append(rows[offsets[self._rank] : offsets[self._rank + 1]])
+        assert [p.shape[0] for p in parts] == output_splits, "ranks disagree about the splits"
+        torch.cat(parts, out=as_bytes(output))
+        with m.changed:
+            m.copied[count] = m.copied.get(count, 0) + 1
+            if m.copied[count] == self._size:
+                m.arrived.pop(count)
+                m.changed.notify_all()
+            self._wait_for(lambda: count not in m.arrived, lambda r: r not in m.closed)
+
+    def close(self) -> None:
+        with self._meeting.changed:
+            self._meeting.closed.add(self._rank)
+            self._meeting.changed.notify_all()
+
+    def _wait_for(self, ready: Callable[[], bool], is_here: Callable[[int], bool]) -> None:
+        """Wait under the meeting's lock. Whoever notices a failure first says for all ranks what it was."""
+        m = self._meeting
+        start = time.monotonic()
+        exiting = _ExitWatch()
+        while not ready():
+            if m.failure is None:
+                missing = [r for r in range(self._size) if not is_here(r)]
+                gone = [r for r in missing if r in m.closed]
+                left = self._timeout - (time.monotonic() - start)
+                if gone:
+                    m.failure = partial(_peer_error, gone, "closed its buffer")
+                elif exiting():
+                    m.failure = partial(_peer_error, missing, "not there at the interpreter's exit")
+                elif left <= 0:
+                    m.failure = partial(_timeout_error, missing, self._timeout)
+            if m.failure is not None:
+                m.changed.notify_all()
+                raise m.failure()
+            m.changed.wait(min(left, 0.1))
+
+
+class TorchRows:
+    """Rows over ``alltoall_base`` of a process group that nobody else uses."""
+
+    def __init__(
+        self, group: Any, rank: int, size: int, timeout: float, *, store: Any = None, device: str = "cpu"
+    ) -> None:
+        self._group = group
+        self._rank = rank
+        self._size = size
+        self._timeout = timeout
+        self._store = store
+        self._device = device
+        self._failure: Callable[[], EPPeerError | EPTimeoutError] | None = None
+
+    @classmethod
+    def of_store(cls, store: Any, rank: int, size: int, timeout: float) -> TorchRows:
+        """A gloo group that is not in torch's registry.
+
+        ``new_group`` would do, but it names groups by how many this process has made, and ranks outside a sub-group
+        may have made another number of them; and its store keys would stay behind a failed construction.
+        """
+        from torch.distributed.distributed_c10d import ProcessGroupGloo
+
+        group = ProcessGroupGloo(prefixed("gloo", store), rank, size, timedelta(seconds=timeout))
+        return cls(group, rank, size, timeout, store=store)
+
+    @classmethod
+    def of_new_group(cls, group: Any, timeout: float) -> TorchRows:
+        """A duplicate of ``group`` by torch's own means; rows pass through the device that its backend wants."""
+        own: Any = dist.new_group(
+            ranks=dist.get_process_group_ranks(group),
+            timeout=timedelta(seconds=timeout),
+            backend=dist.get_backend(group),
+            use_local_synchronization=True,
+        )
+        devices = {d.type for d in own._device_types}
+        device = "cpu" if "cpu" in devices or not devices else devices.pop()
+        return cls(own, group.rank(), group.size(), timeout, device=device)
+
+    def all_to_all_single(
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
+    ) -> None:
+        if self._failure is not None:
+            raise self._failure()
+        source, target = as_bytes(input), as_bytes(output)
+        if self._device != "cpu":
+            source, target = source.to(self._device), torch.empty_like(target, device=self._device)
+        try:
+            work = self._group.alltoall_base(target, source, output_splits, input_splits)
+            # Work.wait() would not answer Ctrl-C; the group's own deadline ends this loop.
+            exiting = _ExitWatch()
+            for _ in pauses(float("inf"), first=2e-5, longest=1e-3):
+                if work.is_completed():
+                    break
+                if exiting():
+                    raise RuntimeError("the interpreter exits while a peer is waited for")
+            work.wait()
+        except RuntimeError as e:
+            self._failure = self._explain(first_line(e))
+            raise self._failure() from e
+        if self._device != "cpu":
+            as_bytes(output).copy_(target)
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is None:
+            return
+        self._failure = self._failure or partial(_peer_error, [self._rank], "closed its buffer")
+        if dist.is_initialized() and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
+        elif hasattr(group, "abort"):
+            group.abort()  # an operation under way would make the destructor wait for its deadline
+
+    def _explain(self, reason: str) -> Callable[[], EPPeerError | EPTimeoutError]:
+        """Who is missing: survivors leave a mark in the store, and look for the marks of the others."""
+        missing: list[int] = []
+        if self._store is not None:
+            keys = [f"survivor/{r}" for r in range(self._size)]
+            try:
+                self._store.set(keys[self._rank], b"1")
+                for _ in pauses(_SURVIVOR_SECONDS):
+                    missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
+                    if not missing:
+                        break
+            except RuntimeError:
+                reason += "; the store that could name the rank is gone too"
+        if "timed out" in reason.lower() or "timeout" in reason.lower():
+            return partial(_timeout_error, missing, self._timeout, reason)
+        return partial(_peer_error, missing, reason)
+
+
+def prefixed(prefix: str, store: Any) -> Any:
+    """A view of a torch store under a prefix."""
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+
+
+def as_bytes(t: torch.Tensor) -> torch.Tensor:
+    """[n, bytes of a row] uint8: the same memory. Transports know few dtypes, and all of them know bytes."""
+    row_bytes = t.element_size()
+    for n in t.shape[1:]:
+        row_bytes *= n
+    if t.numel() == 0:
+        return torch.empty((t.shape[0], row_bytes), dtype=torch.uint8, device=t.device)
+    assert t.is_contiguous()
+    return t.view(t.shape[0], -1).view(torch.uint8)
+
+
+def pauses(timeout: float, first: float = 2e-4, longest: float = 1e-2) -> Iterator[None]:
+    """Yield until ``timeout`` seconds have passed, sleeping in between: short first, then longer. Ctrl-C works."""
+    deadline = time.monotonic() + timeout
+    pause = first
+    while True:
+        yield
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(pause, left))
+        pause = min(pause * 1.5, longest)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3``, ``ranks 1, 2``: how errors name them."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def first_line(e: BaseException) -> str:
+    """What a transport's error says, without its source position and advice."""
+    line = (str(e).splitlines() or [type(e).__name__])[0]
+    return re.sub(r"^\[[^\]]*\] ", "", line).split(". ")[0]
+
+
+class _ExitWatch:
+    """Says when a wait in a background thread has held up the interpreter's exit for too long."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+
+    def __call__(self) -> bool:
+        if threading.main_thread().is_alive():
+            return False
+        self._since = self._since or time.monotonic()
+        return time.monotonic() - self._since > _EXIT_SECONDS
+
+
+def _peer_error(ranks: list[int], how: str) -> EPPeerError:
+    who = name_ranks(ranks) if ranks else "a peer"
+    return EPPeerError(f"lost {who}: {how}; build a new buffer over the survivors", ranks=ranks, how=how)
+
+
+def _timeout_error(ranks: list[int], seconds: float, reason: str = "") -> EPTimeoutError:
+    who = name_ranks(ranks) if ranks else "a peer"
+    message = f"{who} did not come within {seconds:g} s{reason and f' ({reason})'}; build a new buffer"
+    return EPTimeoutError(message, ranks=ranks, seconds=seconds)

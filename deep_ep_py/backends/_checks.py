@@ -1,0 +1,112 @@
+"""What ``collective`` refuses, and what all ranks must say alike, operation by operation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from .._rows import name_ranks
+from ..errors import EPArgumentError
+from ..types import CombineSpec, DispatchSpec
+from ._routing import rows_per_rank
+
+
+def dispatch_agrees_on(spec: DispatchSpec) -> dict[str, int | str]:
+    """Names are the arguments' names: they come back in errors."""
+    agree: dict[str, int | str] = {
+        "handle": "None" if spec.plan is None else "given",
+        "layout": spec.layout,
+        "hidden": spec.x.shape[1],
+        "dtype of x": str(spec.x.dtype),
+        "sf": "None" if spec.sf is None else f"{spec.sf.shape[1]} x {spec.sf.dtype}",
+        "topk_weights": "None" if spec.topk_weights is None else "given",
+    }
+    if spec.plan is not None:
+        agree["digest of handle"] = spec.plan.digest
+    else:
+        assert spec.placement is not None
+        agree |= {
+            "num_topk": 0 if spec.topk_idx is None else spec.topk_idx.shape[1],
+            "num_experts": spec.placement.num_experts,
+            "expert_alignment": spec.expert_alignment,
+            "num_max_tokens_per_rank": spec.num_max_tokens_per_rank,
+            "placement of experts": _digest(spec.placement.rank, spec.placement.local),
+        }
+    return agree | spec.agree
+
+
+def combine_agrees_on(spec: CombineSpec) -> dict[str, int | str]:
+    return {
+        "layout": spec.plan.layout,
+        "digest of handle": spec.plan.digest,
+        "hidden": spec.y.shape[1],
+        "dtype of x": str(spec.y.dtype),
+        "topk_weights": "None"
+        if spec.weights is None
+        else f"[rows{''.join(f', {n}' for n in spec.weights.shape[1:])}]",
+        "reduce_per_rank": int(spec.reduce_per_rank),
+    }
+
+
+def check_dispatch(spec: DispatchSpec) -> None:
+    """Raises EPArgumentError: what would break the exchange."""
+    num_tokens = spec.x.shape[0]
+    if spec.plan is not None and spec.plan.targets.shape[0] != num_tokens:
+        expected = f"the {spec.plan.targets.shape[0]} tokens of the handle's dispatch"
+        raise EPArgumentError.of("x", expected, f"{num_tokens} tokens")
+    for name in ("sf", "topk_idx", "topk_weights", "is_token_in_rank"):
+        tensor = getattr(spec, name)
+        if tensor is not None and tensor.shape[0] != num_tokens:
+            raise EPArgumentError.of(name, f"one row for each of the {num_tokens} tokens of x", tuple(tensor.shape))
+    if spec.topk_idx is not None and spec.placement is not None and spec.topk_idx.numel():
+        num_experts = spec.placement.num_experts
+        low, high = torch.aminmax(spec.topk_idx)
+        if low < -1 or high >= num_experts:
+            token, slot = ((spec.topk_idx < -1) | (spec.topk_idx >= num_experts)).nonzero()[0].tolist()
+            value = int(spec.topk_idx[token, slot])
+            expected = f"expert ids below num_experts={num_experts}, or -1 for none"
+            raise EPArgumentError.of("topk_idx", expected, f"{value} at [{token}, {slot}]")
+
+
+def check_combine(spec: CombineSpec) -> None:
+    """Raises EPArgumentError: rows that the handle names and the tensors lack."""
+    for name, tensor in (("x", spec.y), ("topk_weights", spec.weights)):
+        if tensor is not None and tensor.shape[0] < spec.plan.num_rows:
+            expected = f"the {spec.plan.num_output_rows} rows that dispatch delivered"
+            raise EPArgumentError.of(name, expected, f"{tensor.shape[0]} rows")
+    num_tokens = spec.plan.targets.shape[0]
+    for bias in spec.bias:
+        if bias.shape != (num_tokens, spec.y.shape[1]):
+            raise EPArgumentError.of("bias", f"shape {(num_tokens, spec.y.shape[1])}", tuple(bias.shape))
+
+
+def check_worst_case(spec: DispatchSpec, counts: torch.Tensor, worst: Sequence[int], seq: int) -> None:
+    """Raises EPArgumentError, on every rank: some rank receives more rows than its outputs were fixed to."""
+    rows = rows_per_rank(spec, counts)
+    over = [r for r, n in enumerate(worst) if n and rows[r] > n]
+    if over:
+        r = over[0]
+        message = (
+            f"num_worst_tokens: rank {r} receives {rows[r]} rows, but its outputs were fixed to {worst[r]}; "
+            f"pass at least {max(rows[r] for r in over)} (too small on {name_ranks(over)})"
+        )
+        expected = f"at least {rows[r]}"
+        raise EPArgumentError(
+            message,
+            argument="num_worst_tokens",
+            expected=expected,
+            got=str(worst[r]),
+            op="dispatch",
+            phase="notify",
+            seq=seq,
+            ranks=over,
+        )
+
+
+def _digest(*tables: torch.Tensor) -> int:
+    h = hashlib.blake2b(digest_size=7)
+    for table in tables:
+        h.update(table.to(torch.int32).contiguous().numpy().tobytes())
+    return int.from_bytes(h.digest(), "little")

@@ -1,0 +1,121 @@
+"""A dispatch's outputs, and the exchanges that fill them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .._rows import RowChannel, as_bytes
+from ..layout import target_ranks, target_rows
+from ..types import Dispatched, DispatchSpec, Plan
+from ._routing import local_ids
+
+
+def allocate(spec: DispatchSpec, plan: Plan, num_ranks: int) -> Dispatched:
+    """Outputs of the right size. What is documented as -1 in unused rows is -1 already."""
+    rows, new = plan.num_output_rows, spec.plan is None
+    expand = plan.layout == "expand"
+    recv_x = torch.empty((rows, spec.x.shape[1]), dtype=spec.x.dtype, device="cpu")
+    recv_sf = recv_idx = recv_weights = recv_meta = None
+    if spec.sf is not None:
+        recv_sf = torch.empty((rows, spec.sf.shape[1]), dtype=spec.sf.dtype, device="cpu")
+    if new and spec.topk_idx is not None and not expand:
+        recv_idx = torch.full((rows, spec.topk_idx.shape[1]), -1, dtype=torch.int64, device="cpu")
+    if spec.topk_weights is not None:
+        shape = (rows,) if expand else (rows, spec.topk_weights.shape[1])
+        recv_weights = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    if new and plan.layout == "rank":
+        recv_meta = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
+    elif new:
+        num_meta = num_ranks * spec.num_max_tokens_per_rank if spec.num_worst_tokens else plan.num_recv_tokens
+        recv_meta = torch.full((num_meta, 2 + plan.targets.shape[1]), -1, dtype=torch.int32, device="cpu")
+    return Dispatched(recv_x, recv_sf, recv_idx, recv_weights, recv_meta, plan)
+
+
+@dataclass(slots=True)
+class Delivery:
+    """One prepared dispatch. ``run`` moves everything; each destination gets a token once, its slots share it."""
+
+    spec: DispatchSpec
+    result: Dispatched
+    rank: int
+    num_ranks: int
+    seq: int
+
+    def run(self, channel: RowChannel) -> None:
+        spec, result, plan = self.spec, self.result, self.result.plan
+        ranks = target_ranks(plan.targets)
+        sent = [(ranks == r).any(1).nonzero().reshape(-1) for r in range(self.num_ranks)]
+        counts = [t.numel() for t in sent]
+        token = torch.cat(sent)
+        to = torch.repeat_interleave(_int64(range(self.num_ranks)), _int64(counts))[:, None]
+        from_each = plan.rank_prefix[:, self.rank].diff(prepend=plan.rank_prefix.new_zeros(1)).tolist()
+        num_recv = plan.num_recv_tokens
+
+        def move(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            if out is None:
+                out = torch.empty((num_recv, rows.shape[1]), dtype=rows.dtype, device="cpu")
+            channel.all_to_all_single(out, rows, from_each, counts)
+            return out
+
+        expand = plan.layout == "expand"
+        local = rows_of_slots = weights = None
+        if spec.plan is None and spec.topk_idx is not None and not expand:
+            assert spec.placement is not None
+            local = local_ids(spec.topk_idx[token], spec.placement, to)
+        if expand:
+            here = ranks[token] == to
+            rows_of_slots = move(torch.where(here, target_rows(plan.targets)[token], -1))
+        if spec.plan is None:
+            self._describe(move(token[:, None]).reshape(-1), from_each, rows_of_slots)
+        if local is not None and result.recv_topk_idx is not None:
+            move(local, result.recv_topk_idx[:num_recv])
+        if spec.topk_weights is not None:
+            weights = spec.topk_weights[token]
+            if spec.mask_weights and local is not None:
+                weights = torch.where(local >= 0, weights, 0.0)
+        if rows_of_slots is None:
+            if weights is not None and result.recv_topk_weights is not None:
+                move(weights, result.recv_topk_weights[:num_recv])
+            for rows, out in ((spec.sf, result.recv_sf), (spec.x, result.recv_x)):
+                if rows is not None and out is not None:
+                    move(_take(rows, token), as_bytes(out)[:num_recv])
+            return
+        source, slot = (rows_of_slots >= 0).nonzero(as_tuple=True)
+        place = rows_of_slots[source, slot]
+        gaps = torch.ones(plan.num_rows, dtype=torch.bool, device="cpu")
+        gaps[place] = False
+        gap = gaps.nonzero().reshape(-1) if spec.zero_padding else gaps.new_empty(0, dtype=torch.int64)
+        if weights is not None and result.recv_topk_weights is not None:
+            result.recv_topk_weights[place] = move(weights)[source, slot]
+            result.recv_topk_weights[gap] = 0.0
+        for rows, out in ((spec.sf, result.recv_sf), (spec.x, result.recv_x)):
+            if rows is not None and out is not None:
+                arrived = move(_take(rows, token))
+                as_bytes(out).index_copy_(0, place, arrived.index_select(0, source)).index_fill_(0, gap, 0)
+
+    def _describe(self, token: torch.Tensor, from_each: list[int], rows_of_slots: torch.Tensor | None) -> None:
+        """Where received rows come from: ``recv_meta`` as types.Dispatched has it."""
+        meta = self.result.recv_meta
+        assert meta is not None
+        num_recv = token.numel()
+        if self.result.plan.layout == "rank":
+            meta[:num_recv] = token
+            return
+        source = torch.repeat_interleave(_int64(range(self.num_ranks)), _int64(from_each))
+        meta[:num_recv, 0] = source * self.spec.num_max_tokens_per_rank + token
+        meta[:num_recv, 1] = source
+        if rows_of_slots is not None:
+            meta[:num_recv, 2:] = rows_of_slots
+
+
+def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[n, bytes of a row] uint8: rows of any dtype; torch gathers no fp8."""
+    if x.shape[1] == 1:  # a lone column may have any stride, and a view as bytes wants 1
+        x = x.reshape(-1).contiguous().view(-1, 1)
+    return x.view(torch.uint8).index_select(0, index)
+
+
+def _int64(values: object) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int64, device="cpu")  # type: ignore[call-overload]

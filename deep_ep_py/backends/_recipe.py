@@ -1,0 +1,81 @@
+"""Combine's arithmetic: rows added in the order that the plan fixes, one accumulator, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..layout import primary, target_ranks
+from ..types import Plan
+
+
+def positions(plan: Plan, num_ranks: int) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+    """How a rank fetches its rows: by holder, then by (token, column).
+
+    Returns ``(index, counts, position)``: flat indices of the primary targets in that order, how many each holder
+    has, and [T, W] int64 where each target's row stands in that order (shared targets: their primary's; -1: none).
+    """
+    ranks = target_ranks(plan.targets)
+    moving = primary(plan.targets)
+    index = moving.reshape(-1).nonzero().reshape(-1)
+    holder = ranks.reshape(-1)[index]
+    index = index[torch.argsort(holder, stable=True)]
+    counts = torch.bincount(holder, minlength=num_ranks).tolist()
+    position = torch.full_like(plan.targets, -1)
+    position.view(-1)[index] = torch.arange(index.numel(), dtype=torch.int64, device="cpu")
+    for k in reversed(range(ranks.shape[1] - 1)):  # a shared slot's row is that of the next slot on the same rank
+        for later in range(k + 1, ranks.shape[1]):
+            same = ~moving[:, k] & (ranks[:, k] >= 0) & (ranks[:, later] == ranks[:, k]) & (position[:, k] < 0)
+            position[:, k] = torch.where(same, position[:, later], position[:, k])
+    return index, counts, position
+
+
+def combine_rows(
+    out: torch.Tensor,
+    rows: torch.Tensor,
+    plan: Plan,
+    position: torch.Tensor,
+    bias: Sequence[torch.Tensor],
+    reduce_per_rank: bool,
+) -> None:
+    """``out`` [T, H]: bias and ``rows`` (at ``position``), columns ascending, rounded once to out's dtype."""
+    acc_dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    acc = torch.zeros(out.shape, dtype=acc_dtype, device="cpu")
+    if bias:
+        acc.copy_(bias[0])
+    if len(bias) == 2:
+        acc += bias[1].to(acc_dtype)
+    moving = primary(plan.targets)
+    ranks = target_ranks(plan.targets)
+    for column in range(moving.shape[1]):
+        if not reduce_per_rank:
+            _add(acc, rows, position[:, column], moving[:, column])
+            continue
+        of_rank = ranks[:, column : column + 1]
+        last = moving[:, column] & ~(ranks[:, column + 1 :] == of_rank).any(1)
+        tokens = last.nonzero().reshape(-1)
+        partial = torch.zeros((tokens.numel(), out.shape[1]), dtype=acc_dtype, device="cpu")
+        for k in range(column + 1):
+            _add(partial, rows, position[tokens, k], (ranks[:, k] == ranks[:, column])[tokens])
+        acc.index_add_(0, tokens, partial.to(out.dtype).to(acc_dtype))
+    out.copy_(acc)
+
+
+def combine_weights(out: torch.Tensor, weights: torch.Tensor, plan: Plan, position: torch.Tensor) -> None:
+    """``out`` [T, K] float32 from the fetched ``weights``: a sum of columns (``rank``), or each slot's own value."""
+    out.zero_()
+    if plan.layout == "rank":
+        for r in range(position.shape[1]):
+            _add(out, weights, position[:, r], position[:, r] >= 0)
+        return
+    for k in range(position.shape[1]):
+        tokens = (position[:, k] >= 0).nonzero().reshape(-1)
+        values = weights.index_select(0, position[tokens, k])
+        out[tokens, k] = values[:, k] if plan.layout == "topk" else values[:, 0]
+
+
+def _add(acc: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, where: torch.Tensor) -> None:
+    """``acc[t] += rows[position[t]]`` for the tokens of ``where``; each occurs once, so the order is the caller's."""
+    tokens = where.nonzero().reshape(-1)
+    acc.index_add_(0, tokens, rows.index_select(0, position[tokens]).to(acc.dtype))

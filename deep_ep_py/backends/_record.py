@@ -1,0 +1,81 @@
+"""The record that every operation of ``collective`` begins with: what each rank is about to do, and whether all agree.
+
+A record has one size for every operation, so that ranks which disagree about the operation can still read each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from .._rows import RowChannel, name_ranks
+from ..errors import EPArgumentError, EPMismatchError
+
+_RECORD_BYTES = 4096
+_TEXT_CHARACTERS = 300  # of a failure; json may spend 6 to 12 bytes on one of them
+
+
+@dataclass(slots=True)
+class Record:
+    """One rank's announcement of one operation.
+
+    Attributes:
+        op: the operation; seq: its number on this buffer.
+        agree: what must be equal on all ranks, by the name that users know.
+        tell: what peers need to know but may differ.
+        failed: why this rank cannot take part; empty where it can.
+    """
+
+    op: str
+    seq: int
+    agree: dict[str, int | str] = field(default_factory=dict)
+    tell: dict[str, int] = field(default_factory=dict)
+    failed: str = ""
+
+
+def meet(channel: RowChannel, num_ranks: int, record: Record) -> list[Record]:
+    """Everyone's record, by rank."""
+    record.failed = record.failed[:_TEXT_CHARACTERS]
+    data = json.dumps(asdict(record)).encode()
+    assert len(data) <= _RECORD_BYTES, "a record has outgrown its fixed size"
+    own = torch.frombuffer(bytearray(data.ljust(_RECORD_BYTES)), dtype=torch.uint8)
+    everyones = all_gather(channel, num_ranks, own)
+    return [Record(**json.loads(row.numpy().tobytes())) for row in everyones]
+
+
+def all_gather(channel: RowChannel, num_ranks: int, own: torch.Tensor) -> torch.Tensor:
+    """[R, n]: everyone's ``own`` [n]."""
+    everyones = torch.empty((num_ranks, own.numel()), dtype=own.dtype, device="cpu")
+    ones = [1] * num_ranks
+    channel.all_to_all_single(everyones, own.expand(num_ranks, -1).contiguous(), ones, ones)
+    return everyones
+
+
+def judge(records: Sequence[Record], rank: int) -> None:
+    """Raise on every rank where one cannot take part or two disagree. Nothing has moved: the buffer stays usable.
+
+    Raises:
+        EPArgumentError: ``ranks`` failed. EPMismatchError: ranks differ in ``field``.
+    """
+    op, seq = records[rank].op, records[rank].seq
+    failed = [r for r, record in enumerate(records) if record.failed]
+    if failed:
+        first = records[failed[0]]
+        message = f"{first.op} was refused on {name_ranks(failed)}: {first.failed}"
+        raise EPArgumentError(message, op=op, phase="notify", seq=seq, ranks=failed)
+    _same("operation", [record.op for record in records], op, seq)
+    for name in dict.fromkeys(name for record in records for name in record.agree):
+        _same(name, [record.agree.get(name, "not given") for record in records], op, seq)
+
+
+def _same(name: str, values: Sequence[int | str], op: str, seq: int) -> None:
+    if len(set(values)) == 1:
+        return
+    ranks = range(len(values))
+    shown = ", ".join(f"rank {r}: {v}" for r, v in enumerate(values))
+    message = f"{op}: {name} must be equal on all ranks, but is {shown}"
+    by_rank = dict(enumerate(values))
+    raise EPMismatchError(message, field=name, values=by_rank, op=op, phase="notify", seq=seq, ranks=ranks)

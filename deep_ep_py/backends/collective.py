@@ -1,0 +1,267 @@
+"""``collective``: rows move through any communicator's row exchange. The slow path that is always correct.
+
+Every operation is a rendezvous (:mod:`._record`), then exchanges whose sizes every rank can compute. A dispatch sends a
+row once to each destination, which copies it to its slots' rows; a combine asks each holder for the rows that the plan
+names and adds them (:mod:`._recipe`). Memory is ordinary memory on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from .._rows import RowChannel
+from ..communicator import Communicator
+from ..errors import EPArgumentError, EPError, EPMismatchError, EPPeerError, EPTimeoutError
+from ..layout import target_rows
+from ..settings import Settings
+from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
+from ._checks import check_combine, check_dispatch, check_worst_case, combine_agrees_on, dispatch_agrees_on
+from ._deliver import Delivery, allocate
+from ._recipe import combine_rows, combine_weights, positions
+from ._record import Record, all_gather, judge, meet
+from ._routing import build_plan, own_counts, tokens_in_ranks
+from ._worker import Completion, Worker
+from .base import CompletionEvent, Flight, Statistics
+
+__all__ = ["CollectiveBackend"]
+
+T = TypeVar("T")
+
+
+class CollectiveBackend:
+    """One rank's end. Construction is collective: it opens a row channel of its own.
+
+    Raises:
+        EPTimeoutError: a rank did not come to the construction within ``settings.connect_timeout_seconds``.
+        EPBackendUnavailableError: the communicator cannot carry rows here.
+    """
+
+    name = "collective"
+
+    def __init__(self, communicator: Communicator, settings: Settings) -> None:
+        self.rank = communicator.rank
+        self.num_ranks = communicator.size
+        communicator.exchange(b"", timeout=settings.connect_timeout_seconds, what="backend collective")
+        self._channel: RowChannel = communicator.open_rows(timeout=settings.timeout_seconds)
+        self._worker = Worker(f"deep_ep_py-collective-{self.rank}")
+        self._statistics = Statistics()
+        self._seq = 0
+        self._at = ("", "", 0)  # operation, phase, sequence number: for errors that come from the channel
+        self._poison: EPError | None = None
+        self._closed = False
+
+    # Dispatch -------------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
+    ) -> Flight:
+        """Begin a dispatch; see :class:`.base.Backend`. Blocks for the rendezvous, in the background too.
+
+        Raises:
+            EPArgumentError, EPMismatchError: on every rank; nothing has moved and the buffer stays usable.
+            EPTimeoutError, EPPeerError: ranks did not come or are gone; the buffer is poisoned.
+        """
+        begun = self._in_order("dispatch", lambda: self._begin_dispatch(spec, previous), background)
+        return Flight(begun.result, Completion() if background else None, begun)
+
+    def dispatch_send(self, flight: Flight) -> None:
+        delivery, flight.state = flight.state, None
+        self._start("dispatch", lambda: self._deliver(delivery), flight.event)
+
+    def dispatch_recv(self, flight: Flight) -> Dispatched:
+        result: Dispatched = flight.result
+        return result
+
+    def _begin_dispatch(self, spec: DispatchSpec, previous: Sequence[CompletionEvent]) -> Delivery:
+        agree = dispatch_agrees_on(spec)
+        tell = {"num_worst_tokens": spec.num_worst_tokens}
+        records = self._meet("dispatch", agree, tell, lambda: check_dispatch(spec), previous)
+        plan = spec.plan
+        if plan is None:
+            in_rank = tokens_in_ranks(spec, self.num_ranks)
+            counts = all_gather(self._channel, self.num_ranks, own_counts(spec, in_rank))
+            self._statistics.rendezvous_with_counts += 1
+            check_worst_case(spec, counts, [r.tell["num_worst_tokens"] for r in records], self._seq)
+            plan = build_plan(spec, in_rank, counts, self.rank)
+        return Delivery(spec, allocate(spec, plan, self.num_ranks), self.rank, self.num_ranks, self._seq)
+
+    def _deliver(self, delivery: Delivery) -> None:
+        self._at = ("dispatch", "arrive", delivery.seq)
+        delivery.run(self._channel)
+
+    # Combine --------------------------------------------------------------------------------------------------------
+
+    def prepare_combine(
+        self, spec: CombineSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
+    ) -> Flight:
+        """Begin a combine: outputs only. Ranks meet in ``combine_send``, which raises what :meth:`prepare` would."""
+        num_tokens, num_columns = spec.plan.targets.shape
+        combined_x = torch.empty((num_tokens, spec.y.shape[-1]), dtype=spec.y.dtype, device="cpu")
+        weights = None
+        if spec.weights is not None:
+            num_topk = num_columns if spec.plan.layout == "expand" else spec.weights.shape[-1]
+            weights = torch.empty((num_tokens, num_topk), dtype=torch.float32, device="cpu")
+        return Flight(Combined(combined_x, weights), Completion() if background else None, (spec, tuple(previous)))
+
+    def combine_send(self, flight: Flight) -> None:
+        (spec, previous), flight.state = flight.state, None
+        result = flight.result
+        self._start("combine", lambda: self._combine(spec, previous, result), flight.event)
+
+    def combine_recv(self, flight: Flight) -> Combined:
+        result: Combined = flight.result
+        return result
+
+    def _combine(self, spec: CombineSpec, previous: Sequence[CompletionEvent], result: Combined) -> None:
+        self._meet("combine", combine_agrees_on(spec), {}, lambda: check_combine(spec), previous)
+        self._at = ("combine", "pull", self._seq)
+        index, wanted, position = positions(spec.plan, self.num_ranks)
+        ones = [1] * self.num_ranks
+        asked_of_me = torch.empty(self.num_ranks, dtype=torch.int64, device="cpu")
+        asked = torch.tensor(wanted, dtype=torch.int64, device="cpu")
+        self._channel.all_to_all_single(asked_of_me, asked, ones, ones)
+        given = asked_of_me.tolist()
+        rows_of_mine = torch.empty(sum(given), dtype=torch.int64, device="cpu")
+        rows = target_rows(spec.plan.targets).reshape(-1)[index]
+        self._channel.all_to_all_single(rows_of_mine, rows, given, wanted)
+
+        def pull(mine: torch.Tensor) -> torch.Tensor:
+            out = torch.empty((sum(wanted), mine.shape[1]), dtype=mine.dtype, device="cpu")
+            self._channel.all_to_all_single(out, mine.index_select(0, rows_of_mine), wanted, given)
+            return out
+
+        pulled = pull(spec.y)
+        combine_rows(result.combined_x, pulled, spec.plan, position, spec.bias, spec.reduce_per_rank)
+        if spec.weights is not None and result.combined_topk_weights is not None:
+            weights = spec.weights if spec.weights.dim() == 2 else spec.weights[:, None]
+            combine_weights(result.combined_topk_weights, pull(weights), spec.plan, position)
+
+    # The rest -------------------------------------------------------------------------------------------------------
+
+    def barrier(self) -> None:
+        self._in_order("barrier", lambda: self._meet("barrier", {}, {}), background=False)
+
+    def fail(self, op: str, message: str) -> None:
+        def announce() -> None:
+            self._seq += 1
+            self._at = (op, "notify", self._seq)
+            meet(self._channel, self.num_ranks, Record(op, self._seq, failed=message))
+
+        self._in_order(op, announce, background=False)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+
+    def statistics(self) -> Statistics:
+        return copy.deepcopy(self._statistics)
+
+    def close(self) -> None:
+        """Wait for this rank's own operations in flight, then leave; peers are not waited for."""
+        if not self._closed:
+            self._closed = True
+            self._worker.join()
+            self._channel.close()
+
+    # Order and failure ----------------------------------------------------------------------------------------------
+
+    def _meet(
+        self,
+        op: str,
+        agree: dict[str, int | str],
+        tell: dict[str, int],
+        check: Callable[[], None] = lambda: None,
+        previous: Sequence[CompletionEvent] = (),
+    ) -> list[Record]:
+        """Take the operation's place in the order. What this rank refuses, its peers learn here."""
+        self._seq += 1
+        self._at = (op, "notify", self._seq)
+        record = Record(op, self._seq, agree, tell)
+        refusal: Exception | None = None
+        try:
+            check()
+            for event in previous:
+                event.wait()
+        except Exception as e:
+            refusal = e
+            record.failed = str(e) or type(e).__name__
+        records = meet(self._channel, self.num_ranks, record)
+        if refusal is not None:
+            raise _Refused(refusal)
+        judge(records, self.rank)
+        self._statistics.operations += 1
+        return records
+
+    def _in_order(self, op: str, step: Callable[[], T], background: bool) -> T:
+        """Run a step after all earlier ones, and wait for it."""
+        if not background:
+            self._worker.drain()
+            return self._guarded(step)
+        results: list[T] = []
+        ended = Completion()
+        self._start(op, lambda: results.append(step()), ended)
+        try:
+            ended.wait()
+        except BaseException as e:
+            if not ended.done():  # Ctrl-C: the worker is in the middle of something that nobody will finish
+                self._poison_by(e)
+            raise
+        return results[0]
+
+    def _start(self, op: str, step: Callable[[], object], event: CompletionEvent | None) -> None:
+        """Run a step now, or after the background operations before it where there is an event to end."""
+        if event is None:
+            self._in_order(op, step, background=False)
+            return
+        assert isinstance(event, Completion)
+        inference = torch.is_inference_mode_enabled()
+
+        def job() -> None:
+            try:
+                with torch.inference_mode(inference):
+                    self._guarded(step)
+            except BaseException as e:
+                event.end(e)
+            else:
+                event.end()
+
+        self._worker.submit(job)
+
+    def _guarded(self, step: Callable[[], T]) -> T:
+        """Run a step. Unless all ranks know how it failed, the state of the exchange is unknown from then on."""
+        if self._poison is not None:
+            raise copy.copy(self._poison)
+        if self._closed:
+            raise EPError("this buffer is closed: build a new one")
+        try:
+            with torch.no_grad():
+                return step()
+        except _Refused as e:
+            raise e.reason from None
+        except (EPArgumentError, EPMismatchError):
+            raise
+        except BaseException as e:
+            self._poison_by(e)
+            raise
+
+    def _poison_by(self, e: BaseException) -> None:
+        op, phase, seq = self._at
+        if isinstance(e, (EPTimeoutError, EPPeerError)):
+            e.op, e.phase, e.seq = op, phase, seq
+            e.args = (f"{op} (operation {seq}, {phase}): {e}",)
+            self._poison = copy.copy(e)
+        else:
+            message = f"{op} (operation {seq}, {phase}) ended by {type(e).__name__}: {e}; build a new buffer"
+            self._poison = EPError(message, op=op, phase=phase, seq=seq, ranks=(self.rank,))
+        self._channel.close()  # peers notice
+
+
+class _Refused(Exception):
+    """This rank could not take part, and every peer knows."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__()
+        self.reason = reason

@@ -1,0 +1,295 @@
+"""How ranks find each other: bootstrap messages, and a channel that carries rows where memory is not shared.
+
+A :class:`Communicator` is one participant of one construction. It is made of a torch process group
+(:class:`TorchCommunicator`) or of threads of one process (:func:`thread_world`). Both keep their bootstrap messages in
+a small key-value store and not in collectives: a store can tell *which* rank did not come. MPI joins here as a third
+class, with its ``exchange`` over ``iallgatherv`` and its rows over ``Alltoallv``.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any, Protocol, runtime_checkable
+
+import torch.distributed as dist
+
+from ._rows import RowChannel, ThreadMeeting, ThreadRows, TorchRows, first_line, name_ranks, pauses, prefixed
+from .errors import EPArgumentError, EPBackendUnavailableError, EPMismatchError, EPPeerError, EPTimeoutError
+
+__all__ = ["Communicator", "RowChannel", "ThreadCommunicator", "TorchCommunicator", "communicator_of", "thread_world"]
+
+_MARK_SECONDS = 5.0  # how long to wait for a verdict whose author has already taken the ticket
+
+
+@runtime_checkable
+class Communicator(Protocol):
+    """The ranks of a buffer, as one of them sees them. Used by one thread at a time."""
+
+    rank: int
+    size: int
+
+    def session(self) -> Communicator:
+        """The same ranks, for another construction: every buffer takes one, in the same order on every rank."""
+
+    def exchange(self, payload: bytes, *, timeout: float, what: str) -> list[bytes]:
+        """Everyone's payload, by rank. ``what`` names the step, and must be equal on all ranks; ``timeout`` in seconds.
+
+        Raises:
+            EPTimeoutError: ``ranks`` did not come in time, or this rank came after the others had given up. The
+                construction is over for every rank, and all of them may try again.
+            EPMismatchError: the ranks are at different steps.
+            EPPeerError: the store cannot be reached any more.
+        """
+
+    def open_rows(self, *, timeout: float) -> RowChannel:
+        """A channel of its own that never interleaves with the user's collectives. Collective, after an exchange.
+
+        ``timeout`` (seconds) bounds the opening and each of the channel's operations.
+        """
+
+    def close(self) -> None:
+        """Give back what construction needed. Idempotent, not collective; open channels stay open."""
+
+
+def communicator_of(group: object, comm: object = None) -> Communicator:
+    """The communicator of one construction, from what users pass to a buffer.
+
+    Args:
+        group: a torch ``ProcessGroup`` (any backend, any subset of the world) or a :class:`Communicator`.
+        comm: an mpi4py communicator; refused until the multi-node capability brings MPI.
+
+    Raises:
+        EPArgumentError: neither was given, or nothing that can be used.
+    """
+    if group is None:
+        if comm is not None:
+            raise EPArgumentError.of(
+                "comm",
+                "None: MPI communicators come with the multi-node capability; pass group=, a torch process group "
+                "(gloo will do: torch.distributed.new_group(backend='gloo'))",
+                type(comm).__name__,
+            )
+        raise EPArgumentError.of("group", "a torch.distributed process group or a deep_ep_py Communicator", None)
+    if isinstance(group, Communicator):
+        return group.session()
+    if dist.is_available() and isinstance(group, dist.ProcessGroup):
+        return TorchCommunicator(group)
+    remedy = "a torch.distributed process group that this rank is a member of, or a deep_ep_py Communicator"
+    raise EPArgumentError.of("group", remedy, f"{type(group).__name__} ({group!r})")
+
+
+class _StoreCommunicator:
+    """``exchange`` over a store, of which it needs ``set``, ``get``, ``add``, ``check`` and ``delete_key``.
+
+    Every rank counts its own constructions *in the store*, so that counters survive a failed construction, a rebuilt
+    Python object and a rank that came late, and no module needs state. Round r of construction n lives under ``n/r``.
+    Whether a round is complete or abandoned is decided once for all ranks, by whoever draws the round's first ticket.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self._store = store
+        self._number = 0
+        self._round = 0
+
+    def exchange(self, payload: bytes, *, timeout: float, what: str) -> list[bytes]:
+        try:
+            return self._exchange(payload, timeout, what)
+        except (EPTimeoutError, EPMismatchError, EPPeerError):
+            self._number = 0  # this construction is over; the next exchange begins another one
+            raise
+        except RuntimeError as e:  # what torch's stores raise when their server is gone
+            self._number = 0
+            message = f"construct: lost the process group's store in {what}: {first_line(e)}"
+            raise EPPeerError(message, op="construct", phase=what, how="the store cannot be reached") from e
+
+    def close(self) -> None:
+        """Nothing is held: the few keys that remain are removed by the next construction over the same group."""
+
+    def _exchange(self, payload: bytes, timeout: float, what: str) -> list[bytes]:
+        self._begin()
+        base = f"{self._number}/{self._round}"
+        self._round += 1
+        self._store.set(f"{base}/{self.rank}", what.encode() + b"\0" + payload)
+        previous = self._swap_last(base)
+        keys = [f"{base}/{r}" for r in range(self.size)]
+        start = time.monotonic()
+        for _ in pauses(timeout):
+            if self._store.check(keys) or self._store.check([f"{base}/verdict"]):
+                break
+        missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
+        mine = {"by": self.rank, "missing": missing, "seconds": round(time.monotonic() - start, 1)}
+        verdict = self._decide(base, mine)
+        if verdict["missing"]:
+            raise self._abandoned(verdict, what)
+        received = [self._store.get(key) for key in keys]
+        if previous:  # all ranks are in this round, so nobody reads the one before any more
+            self._store.delete_key(f"{previous}/{self.rank}")
+            if verdict["by"] == self.rank:
+                self._store.delete_key(f"{previous}/ticket")
+                self._store.delete_key(f"{previous}/verdict")
+        steps, payloads = zip(*(m.split(b"\0", 1) for m in received), strict=True)
+        if len(set(steps)) > 1:
+            values = {r: s.decode() for r, s in enumerate(steps)}
+            message = f"construct: ranks are at different steps: {values}; build the same buffers in the same order"
+            raise EPMismatchError(message, field="step", values=values, op="construct", phase=what)
+        return list(payloads)
+
+    def _begin(self) -> None:
+        if not self._number:
+            self._number = self._store.add(f"count/{self.rank}", 1)
+            self._round = 0
+
+    def _swap_last(self, base: str) -> str:
+        """Note this round as the last one of this rank, and return the one before."""
+        key = f"last/{self.rank}"
+        previous = self._store.get(key).decode() if self._store.check([key]) else ""
+        self._store.set(key, base)
+        return previous
+
+    def _decide(self, base: str, mine: dict[str, Any]) -> dict[str, Any]:
+        """The one verdict on a round: this rank's, if it is the first to say something."""
+        key = f"{base}/verdict"
+        if not self._store.check([key]) and self._store.add(f"{base}/ticket", 1) == 1:
+            self._store.set(key, json.dumps(mine))
+        for _ in pauses(_MARK_SECONDS):
+            if self._store.check([key]):
+                break
+        else:
+            raise RuntimeError("a rank ended while it closed a round of construction")
+        decided: dict[str, Any] = json.loads(self._store.get(key))
+        return decided
+
+    def _abandoned(self, verdict: dict[str, Any], what: str) -> EPTimeoutError:
+        missing, by, seconds = verdict["missing"], verdict["by"], verdict["seconds"]
+        if by == self.rank:
+            message = f"construct: {name_ranks(missing)} did not come to {what} within {seconds:g} s"
+        else:
+            message = f"construct: rank {by} gave up on {what} after {seconds:g} s: {name_ranks(missing)} did not come"
+        message += "; see why, then build the buffer again on every rank"
+        return EPTimeoutError(message, op="construct", phase=what, ranks=missing, seconds=seconds)
+
+    def _rows_key(self, count: int) -> str:
+        self._begin()
+        return f"{self._number}/rows/{count}"
+
+
+class TorchCommunicator(_StoreCommunicator):
+    """The ranks of any torch process group, sub-groups of the world included.
+
+    Bootstrap uses the group's *store*, rows use a gloo group of their own over the same store. A group without a
+    reachable store falls back to ``all_gather_object`` and ``new_group``: then construction cannot name the ranks that
+    are missing, and waits as long as that group's own timeout.
+    """
+
+    def __init__(self, group: Any) -> None:
+        if not dist.is_available():
+            raise EPArgumentError.of("group", "a torch build with torch.distributed, or a Communicator", type(group))
+        store = _store_of(group)
+        super().__init__(store and prefixed("deep_ep_py", store), group.rank(), group.size())
+        self.group = group
+        self._channels = 0
+
+    def session(self) -> TorchCommunicator:
+        return TorchCommunicator(self.group)
+
+    def exchange(self, payload: bytes, *, timeout: float, what: str) -> list[bytes]:
+        if self._store is not None:
+            return super().exchange(payload, timeout=timeout, what=what)
+        received: list[Any] = [None] * self.size
+        dist.all_gather_object(received, payload, group=self.group)
+        return received
+
+    def open_rows(self, *, timeout: float) -> RowChannel:
+        """Rows over gloo, whatever the group's own backend is: they lie in CPU memory."""
+        try:
+            if self._store is None or not dist.is_gloo_available():
+                return TorchRows.of_new_group(self.group, timeout)
+            key = self._rows_key(self._channels)
+            self._channels += 1
+            return TorchRows.of_store(prefixed(key, self._store), self.rank, self.size, timeout)
+        except RuntimeError as e:
+            reason = first_line(e)
+            message = f"collective: torch could not connect the ranks within {timeout:g} s: {reason}"
+            raise EPBackendUnavailableError(message, reasons={"collective": reason}) from e
+
+
+class ThreadCommunicator(_StoreCommunicator):
+    """One of several ranks that are threads of this process; made by :func:`thread_world`."""
+
+    def __init__(self, world: _ThreadWorld, rank: int) -> None:
+        super().__init__(world, rank, world.size)
+        self._world = world
+        self._channels = 0
+
+    def session(self) -> ThreadCommunicator:
+        return ThreadCommunicator(self._world, self.rank)
+
+    def open_rows(self, *, timeout: float) -> RowChannel:
+        key = self._rows_key(self._channels)
+        self._channels += 1
+        return ThreadRows(self._world.meeting(key), self.rank, self.size, timeout)
+
+
+def thread_world(num_ranks: int) -> list[ThreadCommunicator]:
+    """``num_ranks`` communicators of one world, one for each thread that plays a rank."""
+    if num_ranks < 1:
+        raise EPArgumentError.of("num_ranks", "at least 1", num_ranks)
+    world = _ThreadWorld(num_ranks)
+    return [ThreadCommunicator(world, rank) for rank in range(num_ranks)]
+
+
+class _ThreadWorld:
+    """What the threads of one world share: an in-process store, and the meeting places of open channels."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._lock = threading.Lock()
+        self._values: dict[str, bytes] = {}
+        self._meetings: dict[str, ThreadMeeting] = {}
+
+    def set(self, key: str, value: str | bytes) -> None:
+        with self._lock:
+            self._values[key] = value.encode() if isinstance(value, str) else value
+
+    def get(self, key: str) -> bytes:
+        with self._lock:
+            return self._values[key]
+
+    def add(self, key: str, amount: int) -> int:
+        with self._lock:
+            total = int(self._values.get(key, b"0")) + amount
+            self._values[key] = str(total).encode()
+            return total
+
+    def check(self, keys: list[str]) -> bool:
+        with self._lock:
+            return all(key in self._values for key in keys)
+
+    def delete_key(self, key: str) -> bool:
+        with self._lock:
+            return self._values.pop(key, None) is not None
+
+    def meeting(self, key: str) -> ThreadMeeting:
+        """The one meeting of a channel; forgotten here as soon as every rank has it."""
+        with self._lock:
+            meeting = self._meetings.setdefault(key, ThreadMeeting())
+            meeting.members += 1
+            if meeting.members == self.size:
+                del self._meetings[key]
+            return meeting
+
+
+def _store_of(group: Any) -> Any:
+    """The group's store, or None: groups that torch's registry does not know may still carry one."""
+    try:
+        return dist.distributed_c10d._get_process_group_store(group)
+    except (AttributeError, KeyError):
+        pass
+    try:
+        return group.get_group_store()
+    except (AttributeError, RuntimeError):
+        return None

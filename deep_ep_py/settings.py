@@ -1,0 +1,93 @@
+"""The one place that reads the environment: a frozen :class:`Settings`, built when a buffer is constructed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from .errors import EPArgumentError
+
+_PREFIX = "DEEP_EP_PY_"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a user may tune. Each field can be set by the environment variable ``DEEP_EP_PY_<FIELD>``.
+
+    Attributes:
+        backend: ``"auto"`` (fastest that works), or a backend's exact name (``"shm"``, ``"collective"``).
+        timeout_seconds: deadline of every wait, in seconds. ElasticBuffer's ``num_cpu_timeout_secs`` overrides it.
+        connect_timeout_seconds: how long construction waits for every rank, in seconds.
+        max_heap_bytes: how many bytes of returned tensors one rank's heap may hold before results move to
+            ordinary memory; 0: half of the available memory (and of the cgroup's limit), divided by the ranks here.
+        heap_bytes: bytes of heap to prefault at construction; 0: what the constructor's hint asks for.
+        num_threads: copy threads per rank; 0: cores divided by the ranks of this host.
+        spin_microseconds: how long a wait spins before it sleeps; -1: 200 where every rank has a core, else 0.
+        domain: ranks with the same non-empty word share memory; empty: found out (same boot id, mappable memory).
+    """
+
+    backend: str = "auto"
+    timeout_seconds: float = 300.0
+    connect_timeout_seconds: float = 300.0
+    max_heap_bytes: int = 0
+    heap_bytes: int = 0
+    num_threads: int = 0
+    spin_microseconds: int = -1
+    domain: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_seconds", "connect_timeout_seconds"):
+            if not getattr(self, name) > 0:
+                raise EPArgumentError.of(f"Settings.{name}", "a positive number of seconds", getattr(self, name))
+        for name in ("max_heap_bytes", "heap_bytes", "num_threads"):
+            if getattr(self, name) < 0:
+                raise EPArgumentError.of(f"Settings.{name}", "a whole number, 0 for the default", getattr(self, name))
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read ``DEEP_EP_PY_*``. Unknown names are refused, so that a typing error does not pass in silence.
+
+        Raises:
+            EPArgumentError: an unknown variable, or a value that does not parse.
+        """
+        environ = os.environ if environ is None else environ
+        kinds = {f.name: type(f.default) for f in fields(cls)}
+        values: dict[str, object] = {}
+        for key, text in environ.items():
+            if not key.startswith(_PREFIX):
+                continue
+            name = key[len(_PREFIX) :].lower()
+            if name not in kinds:
+                raise EPArgumentError.of(key, f"one of {sorted(_PREFIX + n.upper() for n in kinds)}", repr(text))
+            try:
+                values[name] = kinds[name](text)
+            except ValueError as e:
+                raise EPArgumentError.of(key, f"a value of type {kinds[name].__name__}", repr(text)) from e
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def available_memory_bytes() -> int:
+    """Bytes of memory this process may still use: the smaller of the machine's and its cgroup's."""
+    limits = []
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            limits.append(int(line.split()[1]) * 1024)
+    for group in _read("/proc/self/cgroup").splitlines():
+        path = group.split("::", 1)[-1] if "::" in group else ""
+        for folder in (f"/sys/fs/cgroup{path}", "/sys/fs/cgroup"):
+            maximum = _read(f"{folder}/memory.max").strip()
+            if maximum.isdigit():
+                used = _read(f"{folder}/memory.current").strip()
+                limits.append(max(int(maximum) - (int(used) if used.isdigit() else 0), 0))
+    if limits:
+        return min(limits)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -1,0 +1,86 @@
+"""Builds ``deep_ep_py._C`` with CMake and ninja. Metadata is in pyproject.toml.
+
+``CMAKE_ARGS`` holds further arguments for CMake, such as ``-DDEEP_EP_SANITIZE=address`` or ``-DDEEP_EP_WERROR=ON``.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+
+
+def tool(name: str) -> str:
+    """Path of a program of the build environment, which need not be activated."""
+    found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    if found is None:
+        raise SystemExit(f"deep_ep_py: `{name}` was not found; install it (pip install {name}) or build with isolation")
+    return found
+
+
+def run(command: list[str]) -> None:
+    """Runs a step; where it fails its own output is the last thing shown, not a traceback through setuptools."""
+    sys.stdout.flush()
+    if subprocess.run(command, check=False).returncode != 0:
+        raise SystemExit(f"deep_ep_py: failed: {shlex.join(command)}")
+
+
+def discard_foreign_cache() -> None:
+    """A tree copied with its build folder carries a cache of the old place, which CMake refuses."""
+    cache = BUILD / "CMakeCache.txt"
+    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT.as_posix()}\n" not in cache.read_text():
+        shutil.rmtree(BUILD)
+
+
+class BuildExtension(build_ext):
+    """Runs CMake in a folder of the source tree that outlives the command, so that a second build is incremental."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        discard_foreign_cache()
+        cmake = tool("cmake")
+        configure = [
+            cmake,
+            *("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
+            # Given every time: an isolated build finds them in a new place on each run.
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        run(configure)
+        run([cmake, "--build", str(BUILD), "--target", "_C"])
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A running process may have the old file mapped: replace it, never write into it.
+        staged = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copyfile(BUILD / target.name, staged)
+        staged.chmod(0o755)
+        staged.replace(target)
+
+
+class BuildPackage(build_py):
+    """Starts from an empty folder: setuptools would package modules that an earlier build left in build/lib."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "deep_ep_py", ignore_errors=True)
+        super().run()
+
+
+setup(
+    ext_modules=[Extension("deep_ep_py._C", sources=[])],
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
+)

@@ -1,0 +1,325 @@
+"""The ``collective`` backend where something is wrong: refusals that every rank sees, peers that go, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from collective_cases import (
+    SETTINGS,
+    Routing,
+    all_ranks,
+    combine,
+    dispatch,
+    same,
+    v1_spec,
+    v2_spec,
+)
+
+from deep_ep_py import reference
+from deep_ep_py.backends.collective import CollectiveBackend
+from deep_ep_py.communicator import communicator_of, thread_world
+from deep_ep_py.errors import EPArgumentError, EPError, EPMismatchError, EPPeerError, EPTimeoutError
+from deep_ep_py.settings import Settings
+from deep_ep_py.testing import run_processes
+from deep_ep_py.types import CombineSpec, ExpertPlacement
+
+# Refusals: all ranks raise, nothing has moved, the buffer goes on ----------------------------------------------------
+
+
+def refused(routing, act, check):
+    """``act`` raises an EPError on every rank, ``check(rank, error)`` judges it, and the backend works afterwards."""
+
+    def body(rank, backend):
+        usual = dispatch(backend, v2_spec(routing, rank, expand=False))
+        with pytest.raises(EPError) as caught:
+            act(rank, backend, usual)
+        check(rank, caught.value)
+        same(dispatch(backend, v2_spec(routing, rank, expand=False)).recv_x, usual.recv_x, "afterwards")
+
+    all_ranks(routing, body)
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["inline", "background"])
+@pytest.mark.parametrize("value", [7, -2])
+def test_bad_expert_id(value, background):
+    routing = Routing(3)
+
+    def act(rank, backend, _):
+        spec = v2_spec(routing, rank, expand=False)
+        if rank == 2:
+            spec.topk_idx[4, 1] = value
+        dispatch(backend, spec, background)
+
+    def check(rank, error):
+        assert type(error) is EPArgumentError
+        assert f"{value} at [4, 1]" in str(error)
+        if rank == 2:
+            assert error.argument == "topk_idx"
+        else:
+            assert error.ranks == (2,)
+
+    refused(routing, act, check)
+
+
+def test_other_operation():
+    routing = Routing(3)
+
+    def act(rank, backend, usual):
+        if rank == 1:
+            backend.barrier()
+        elif rank == 2:
+            combine(backend, CombineSpec(usual.recv_x, usual.plan))
+        else:
+            dispatch(backend, v2_spec(routing, rank, expand=False))
+
+    def check(_, error):
+        assert type(error) is EPMismatchError
+        assert error.field == "operation"
+        assert error.values == {0: "dispatch", 1: "barrier", 2: "combine"}
+
+    refused(routing, act, check)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("hidden", {"x": torch.zeros(3, 5)}),
+        ("dtype of x", {"x": torch.zeros(3, 9, dtype=torch.float64)}),
+        ("sf", {"sf": None}),
+        ("topk_weights", {"topk_weights": None}),
+        ("layout", {"layout": "expand"}),
+        ("num_topk", {"topk_idx": torch.zeros(3, 2, dtype=torch.int64), "topk_weights": torch.zeros(3, 2)}),
+        ("num_experts", {"placement": ExpertPlacement.contiguous(8, 2)}),
+        ("expert_alignment", {"expert_alignment": 16}),
+        ("num_max_tokens_per_rank", {"num_max_tokens_per_rank": 99}),
+        ("num_sms", {"agree": {"num_sms": 4}}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_ranks_that_disagree(field, change):
+    routing = Routing(2)
+
+    def act(rank, backend, _):
+        dispatch(backend, v2_spec(routing, rank, expand=False, **(change if rank == 0 else {"agree": {}})))
+
+    def check(_, error):
+        assert type(error) is EPMismatchError
+        assert error.field == field
+        assert set(error.values) == {0, 1}
+
+    refused(routing, act, check)
+
+
+def test_handles_of_different_dispatches():
+    routing, other = Routing(2), Routing(2, seed=9)
+
+    def act(rank, backend, usual):
+        topk = other.inputs()[0][rank]
+        strange = dispatch(backend, v2_spec(routing, rank, expand=False, topk_idx=topk))
+        combine(backend, CombineSpec(strange.recv_x, (strange if rank else usual).plan))
+
+    def check(rank, error):
+        if rank:  # rank 0 may also notice that its rows are too few
+            assert "digest" in str(error) or "rows" in str(error)
+
+    refused(routing, act, check)
+
+
+def test_worst_case_too_small_on_one_rank():
+    routing = Routing(3)
+    want = reference.v1_dispatch(
+        routing.inputs()[2],
+        [reference.v1_layout(t, 7, 3).is_token_in_rank for t in routing.inputs()[0]],
+        [reference.v1_layout(t, 7, 3).num_tokens_per_expert for t in routing.inputs()[0]],
+    )
+    assert want[1].num_recv > 10
+
+    def act(rank, backend, _):
+        dispatch(backend, v1_spec(routing, rank, num_worst_tokens=10 if rank == 1 else 1000))
+
+    def check(_, error):
+        assert type(error) is EPArgumentError
+        assert error.ranks == (1,)
+        assert f"rank 1 receives {want[1].num_recv} rows" in str(error)
+
+    refused(routing, act, check)
+
+
+@pytest.mark.parametrize("long", [1, 5000])
+def test_fail_reaches_every_peer(long):
+    routing = Routing(3)
+
+    def act(rank, backend, usual):
+        if rank == 0:
+            backend.fail("dispatch", "x: \u00e9 wrong " + "\u00e9" * long)
+            raise EPError("own")
+        combine(backend, CombineSpec(usual.recv_x, usual.plan))
+
+    def check(rank, error):
+        if rank:
+            assert type(error) is EPArgumentError
+            assert error.ranks == (0,)
+            assert "x: \u00e9 wrong" in str(error)
+
+    refused(routing, act, check)
+
+
+class Broken:
+    def wait(self):
+        raise ValueError("what came before failed")
+
+    def done(self):
+        return True
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["inline", "background"])
+def test_previous_event_that_raises(background):
+    routing = Routing(2)
+
+    def body(rank, backend):
+        usual = dispatch(backend, v2_spec(routing, rank, expand=False))
+        with pytest.raises(ValueError, match="what came before failed"):
+            combine(backend, CombineSpec(usual.recv_x, usual.plan), background, [Broken()] if rank else [])
+        backend.barrier()
+
+    all_ranks(routing, body)
+
+
+# Faults: the exchange is in an unknown state, the backend is poisoned --------------------------------------------------
+
+
+def test_thread_that_never_comes():
+    routing = Routing(3)
+
+    def body(rank, backend):
+        if rank == 1:
+            time.sleep(1.0)
+            return
+        for _ in range(2):
+            with pytest.raises(EPTimeoutError) as caught:
+                backend.barrier()
+            assert caught.value.ranks == (1,)
+            assert (caught.value.op, caught.value.phase, caught.value.seq) == ("barrier", "notify", 1)
+            assert str(caught.value).count("barrier") == 1
+
+    all_ranks(routing, body, Settings(timeout_seconds=0.4))
+
+
+def test_thread_that_leaves():
+    routing = Routing(3)
+
+    def body(rank, backend):
+        if rank == 1:
+            return
+        flight = backend.prepare_combine(CombineSpec(torch.zeros(4, 9), plan_of_nothing()), background=True)
+        backend.combine_send(flight)
+        with pytest.raises(EPPeerError) as caught:
+            flight.event.wait()
+        assert 1 in caught.value.ranks
+        with pytest.raises(EPPeerError):
+            backend.barrier()
+
+    all_ranks(routing, body)
+
+
+def plan_of_nothing():
+    spec = CollectiveBackend(thread_world(1)[0], SETTINGS)
+    routing = Routing(1)
+    return dispatch(spec, v2_spec(routing, 0, expand=False)).plan
+
+
+def test_exception_in_the_middle_poisons():
+    """Not a refusal: peers may be in the middle of the same exchange, so everyone has to stop."""
+    routing = Routing(2)
+
+    def body(rank, backend):
+        usual = dispatch(backend, v2_spec(routing, rank, expand=False))
+        flight = backend.prepare(v2_spec(routing, rank, expand=False), background=True)
+        if rank == 0:
+            flight.state.spec = None
+        backend.dispatch_send(flight)
+        with pytest.raises(AttributeError if rank == 0 else EPPeerError):
+            flight.event.wait()
+        with pytest.raises(EPError):
+            combine(backend, CombineSpec(usual.recv_x, usual.plan))
+
+    all_ranks(routing, body)
+
+
+def test_closed():
+    backend = CollectiveBackend(thread_world(1)[0], SETTINGS)
+    backend.close()
+    backend.close()
+    with pytest.raises(EPError, match="closed"):
+        backend.barrier()
+
+
+# Processes ----------------------------------------------------------------------------------------------------------
+
+
+def peer_dies(group, how):
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    timeout = 60 if how == "killed" else 1.5
+    backend = CollectiveBackend(communicator_of(group), Settings(timeout_seconds=timeout))
+    pid = [None] * 3
+    dist.all_gather_object(pid, os.getpid())
+    backend.barrier()
+    if rank == 2 and how == "killed":
+        # A child that holds the same connections would keep them open, so the rank itself has to go; the test's
+        # harness would call that a failure, so the rank leaves in the only way that looks like one to its peers.
+        backend._channel._group.abort()
+        return "gone"
+    if rank == 2:
+        time.sleep(5)
+        return "late"
+    start = time.monotonic()
+    with pytest.raises(EPTimeoutError if how == "stopped" else EPPeerError) as caught:
+        backend.barrier()
+    assert caught.value.ranks == (2,), caught.value
+    assert caught.value.op == "barrier"
+    assert time.monotonic() - start < 4
+    with pytest.raises(type(caught.value)):
+        backend.barrier()
+    backend.close()
+    return "survived"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("how", "last"), [("killed", "gone"), ("stopped", "late")])
+def test_peer_that_is_gone(how, last):
+    assert run_processes(3, peer_dies, how) == ["survived", "survived", last]
+
+
+def interrupted(group):
+    import torch.distributed as dist
+
+    backend = CollectiveBackend(communicator_of(group), Settings(timeout_seconds=60))
+    start = time.monotonic()
+    if dist.get_rank() == 1:
+        time.sleep(1.5)
+        with pytest.raises(EPPeerError) as caught:
+            for _ in range(2):  # the first one may still find what rank 0 had sent
+                backend.barrier()
+        assert time.monotonic() - start < 4
+        assert caught.value.op == "barrier"
+        return True
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        backend.barrier()
+    assert time.monotonic() - start < 1.2
+    with pytest.raises(EPError, match="KeyboardInterrupt"):
+        backend.barrier()
+    backend.close()
+    return True
+
+
+@pytest.mark.processes
+def test_ctrl_c():
+    assert run_processes(2, interrupted) == [True, True]
