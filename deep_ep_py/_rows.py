@@ -69,6 +69,8 @@ class ThreadRows:
     ) -> None:
         m, count = self._meeting, self._count
         self._count += 1
+        if self._rank in m.closed:
+            raise _peer_error([self._rank], "closed its buffer")
         with m.changed:
             arrived = m.arrived.setdefault(count, {})
             arrived[self._rank] = (as_bytes(input), [0, *accumulate(input_splits)])

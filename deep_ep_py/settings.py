@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from .errors import EPArgumentError
@@ -44,6 +44,12 @@ class Settings:
         for name in ("max_heap_bytes", "heap_bytes", "num_threads"):
             if getattr(self, name) < 0:
                 raise EPArgumentError.of(f"Settings.{name}", "a whole number, 0 for the default", getattr(self, name))
+
+    @classmethod
+    def of(cls, settings: Settings | None, *, backend: str | None) -> Settings:
+        """What a buffer uses: the settings it was given or the environment's, with its own choice of backend."""
+        chosen = settings if settings is not None else cls.from_env()
+        return chosen if backend is None else replace(chosen, backend=backend)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:

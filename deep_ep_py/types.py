@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -62,6 +62,7 @@ class Plan:
         expert_counts: [E_local] int32, received slots of each local expert, not aligned.
         digest: equal on all ranks for one plan, different for different counts; guards against mixed-up handles.
         expert_alignment: the multiple at which expanded blocks start, and to which reported counts are rounded up.
+        num_max_tokens_per_rank: M, the stride of global token indices in the metadata.
     """
 
     layout: PlanLayout
@@ -73,6 +74,7 @@ class Plan:
     expert_counts: torch.Tensor
     digest: int
     expert_alignment: int = 1
+    num_max_tokens_per_rank: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -86,14 +88,15 @@ class DispatchSpec:
         x: [T, H], unit stride in a row, any dtype. sf: [T, S] contiguous, any dtype, or None.
         topk_idx: [T, K] int64 contiguous, or None. topk_weights: [T, K] float32 contiguous, or None.
         is_token_in_rank: [T, R] bool contiguous, or None.
+        num_tokens_per_rank: [R] int32 (V1: what the caller claims; checked against is_token_in_rank), or None.
         num_tokens_per_expert: [E] int32 (V1: as given by the caller), or None.
         placement: where experts live; None in a cached dispatch.
         mask_weights: V1: weights of slots that this destination does not own become 0.
         expert_alignment: expanded blocks start at multiples of this many rows.
         zero_padding: zero the alignment gaps.
+        col_major_sf: deliver sf column-major, the leading dimension a multiple of 16 bytes (4-byte elements only).
         num_worst_tokens: rows of the outputs, where they are fixed in advance; 0: exact.
-        num_max_tokens_per_rank: M, the stride of global token indices in the metadata.
-        agree: further integers that must be equal on all ranks, by name.
+        num_max_tokens_per_rank: M, the stride of global token indices in the metadata; 0: the largest token count.
         max_threads: upper bound of copy threads; 0: the default.
     """
 
@@ -103,16 +106,17 @@ class DispatchSpec:
     topk_idx: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
     is_token_in_rank: torch.Tensor | None = None
+    num_tokens_per_rank: torch.Tensor | None = None
     num_tokens_per_expert: torch.Tensor | None = None
     plan: Plan | None = None
     placement: ExpertPlacement | None = None
     mask_weights: bool = False
     expert_alignment: int = 1
     zero_padding: bool = False
+    col_major_sf: bool = False
     num_worst_tokens: int = 0
     num_max_tokens_per_rank: int = 0
     max_threads: int = 0
-    agree: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)

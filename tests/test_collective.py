@@ -147,6 +147,24 @@ def test_v1(routing, with_topk, worst):
         same(got.combined_topk_weights, combined_weights, "combined weights")
 
 
+@pytest.mark.parametrize("expand", [False, True], ids=["compact", "expand"])
+def test_column_major_sf_and_max_tokens_found_out(expand):
+    routing = Routing(3, alignment=2)
+
+    def body(rank, backend):
+        plain = dispatch(backend, v2_spec(routing, rank, expand=expand))
+        spec = v2_spec(routing, rank, expand=expand, col_major_sf=True, num_max_tokens_per_rank=0)
+        got = dispatch(backend, spec)
+        assert torch.equal(got.recv_sf, plain.recv_sf)
+        assert got.recv_sf.stride(0) == 1
+        assert got.recv_sf.stride(1) % 4 == 0
+        assert got.plan.num_max_tokens_per_rank == max(len(t) for t in routing.inputs()[0])
+        source, token = plain.recv_meta[:, 0] // M, plain.recv_meta[:, 0] % M
+        assert torch.equal(got.recv_meta[:, 0], source * got.plan.num_max_tokens_per_rank + token)
+
+    all_ranks(routing, body)
+
+
 def test_brute_force_rows_of_an_expanded_dispatch():
     """The oracle's order, once more by sorting tuples: (local expert, source rank, source token, slot)."""
     routing = Routing(3, alignment=3)

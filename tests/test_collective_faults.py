@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from collective_cases import (
     SETTINGS,
     Routing,
@@ -89,15 +93,14 @@ def test_other_operation():
     ("field", "change"),
     [
         ("hidden", {"x": torch.zeros(3, 5)}),
-        ("dtype of x", {"x": torch.zeros(3, 9, dtype=torch.float64)}),
-        ("sf", {"sf": None}),
-        ("topk_weights", {"topk_weights": None}),
+        ("dtype", {"x": torch.zeros(3, 9, dtype=torch.float64)}),
+        ("scale factor bytes", {"sf": None}),
+        ("topk_weights given", {"topk_weights": None}),
         ("layout", {"layout": "expand"}),
         ("num_topk", {"topk_idx": torch.zeros(3, 2, dtype=torch.int64), "topk_weights": torch.zeros(3, 2)}),
         ("num_experts", {"placement": ExpertPlacement.contiguous(8, 2)}),
         ("expert_alignment", {"expert_alignment": 16}),
         ("num_max_tokens_per_rank", {"num_max_tokens_per_rank": 99}),
-        ("num_sms", {"agree": {"num_sms": 4}}),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -105,7 +108,7 @@ def test_ranks_that_disagree(field, change):
     routing = Routing(2)
 
     def act(rank, backend, _):
-        dispatch(backend, v2_spec(routing, rank, expand=False, **(change if rank == 0 else {"agree": {}})))
+        dispatch(backend, v2_spec(routing, rank, expand=False, **(change if rank == 0 else {})))
 
     def check(_, error):
         assert type(error) is EPMismatchError
@@ -125,7 +128,22 @@ def test_handles_of_different_dispatches():
 
     def check(rank, error):
         if rank:  # rank 0 may also notice that its rows are too few
-            assert "digest" in str(error) or "rows" in str(error)
+            assert "handle" in str(error) or "rows" in str(error)
+
+    refused(routing, act, check)
+
+
+def test_wrong_num_tokens_per_rank():
+    routing = Routing(2)
+
+    def act(rank, backend, _):
+        spec = v1_spec(routing, rank)
+        spec.num_tokens_per_rank = spec.is_token_in_rank.sum(0, dtype=torch.int32) + rank
+        dispatch(backend, spec)
+
+    def check(rank, error):
+        assert type(error) is EPArgumentError
+        assert error.argument == "num_tokens_per_rank" if rank else error.ranks == (1,)
 
     refused(routing, act, check)
 
@@ -190,7 +208,7 @@ def test_previous_event_that_raises(background):
     all_ranks(routing, body)
 
 
-# Faults: the exchange is in an unknown state, the backend is poisoned --------------------------------------------------
+# Faults: the exchange is in an unknown state, the backend is poisoned ------------------------------------------------
 
 
 def test_thread_that_never_comes():
@@ -262,39 +280,48 @@ def test_closed():
 # Processes ----------------------------------------------------------------------------------------------------------
 
 
-def peer_dies(group, how):
-    import torch.distributed as dist
-
-    rank = dist.get_rank()
+def peer_goes(rank, folder, how, ended):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     timeout = 60 if how == "killed" else 1.5
-    backend = CollectiveBackend(communicator_of(group), Settings(timeout_seconds=timeout))
-    pid = [None] * 3
-    dist.all_gather_object(pid, os.getpid())
+    backend = CollectiveBackend(communicator_of(dist.group.WORLD), Settings(timeout_seconds=timeout))
     backend.barrier()
-    if rank == 2 and how == "killed":
-        # A child that holds the same connections would keep them open, so the rank itself has to go; the test's
-        # harness would call that a failure, so the rank leaves in the only way that looks like one to its peers.
-        backend._channel._group.abort()
-        return "gone"
     if rank == 2:
-        time.sleep(5)
-        return "late"
+        os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     start = time.monotonic()
-    with pytest.raises(EPTimeoutError if how == "stopped" else EPPeerError) as caught:
-        backend.barrier()
-    assert caught.value.ranks == (2,), caught.value
-    assert caught.value.op == "barrier"
-    assert time.monotonic() - start < 4
-    with pytest.raises(type(caught.value)):
-        backend.barrier()
+    errors = []
+    for _ in range(3):  # the first may still find what rank 2 had sent; the last one raises the same again
+        try:
+            backend.barrier()
+        except EPError as e:  # noqa: PERF203
+            errors.append((type(e), e.ranks, e.op, str(e)))
+    seconds = time.monotonic() - start
     backend.close()
-    return "survived"
+    ended.put((errors, seconds))
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("how", "last"), [("killed", "gone"), ("stopped", "late")])
-def test_peer_that_is_gone(how, last):
-    assert run_processes(3, peer_dies, how) == ["survived", "survived", last]
+@pytest.mark.parametrize(("how", "error"), [("killed", EPPeerError), ("stopped", EPTimeoutError)])
+def test_peer_that_is_gone(how, error, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ended = context.Queue()
+    ranks = [context.Process(target=peer_goes, args=(r, tmp_path, how, ended), daemon=True) for r in range(3)]
+    for process in ranks:
+        process.start()
+    try:
+        for _ in range(2):
+            errors, seconds = ended.get(timeout=60)
+            assert len(errors) >= 2
+            assert len(set(errors)) == 1
+            kind, who, op, _ = errors[0]
+            assert (kind, who, op) == (error, (2,), "barrier"), errors
+            assert seconds < 6
+        for process in ranks[:2]:
+            process.join(timeout=10)
+            assert process.exitcode == 0
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
 
 
 def interrupted(group):
@@ -303,17 +330,17 @@ def interrupted(group):
     backend = CollectiveBackend(communicator_of(group), Settings(timeout_seconds=60))
     start = time.monotonic()
     if dist.get_rank() == 1:
-        time.sleep(1.5)
+        time.sleep(6)
         with pytest.raises(EPPeerError) as caught:
             for _ in range(2):  # the first one may still find what rank 0 had sent
                 backend.barrier()
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < 10
         assert caught.value.op == "barrier"
         return True
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         backend.barrier()
-    assert time.monotonic() - start < 1.2
+    assert time.monotonic() - start < 5
     with pytest.raises(EPError, match="KeyboardInterrupt"):
         backend.barrier()
     backend.close()
@@ -323,3 +350,38 @@ def interrupted(group):
 @pytest.mark.processes
 def test_ctrl_c():
     assert run_processes(2, interrupted) == [True, True]
+
+
+UNCLOSED = """
+import threading, torch
+from deep_ep_py.backends.collective import CollectiveBackend
+from deep_ep_py.communicator import thread_world
+from deep_ep_py.settings import Settings
+from deep_ep_py.types import CombineSpec, Plan
+
+def rank_body(c):
+    b = backends[c.rank] = CollectiveBackend(c, Settings())
+    empty = torch.zeros(0, 2, dtype=torch.int32)
+    plan = Plan("topk", empty.long(), 0, 0, 0, torch.zeros(2, 2, dtype=torch.int32), empty.new_zeros(2), 1)
+    for _ in range({operations} - c.rank * {missing}):
+        flight = b.prepare_combine(CombineSpec(torch.zeros(0, 4), plan), background=True)
+        b.combine_send(flight)
+
+backends = dict()
+threads = [threading.Thread(target=rank_body, args=(c,)) for c in thread_world(2)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+"""
+
+
+@pytest.mark.parametrize(("missing", "seconds"), [(0, 5), (1, 12)], ids=["in flight", "waiting for nobody"])
+def test_interpreter_exit_with_an_open_backend(missing, seconds):
+    """The worker is not a daemon, and yet neither idle nor stuck does it hold up the exit."""
+    code = UNCLOSED.format(operations=3, missing=missing)
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True, timeout=60)
+    only_torch = time.monotonic() - start
+    start = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert time.monotonic() - start < 3 * only_torch + seconds

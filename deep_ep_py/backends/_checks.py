@@ -14,39 +14,39 @@ from ._routing import rows_per_rank
 
 
 def dispatch_agrees_on(spec: DispatchSpec) -> dict[str, int | str]:
-    """Names are the arguments' names: they come back in errors."""
+    """By the names that every backend's errors use."""
     agree: dict[str, int | str] = {
-        "handle": "None" if spec.plan is None else "given",
         "layout": spec.layout,
         "hidden": spec.x.shape[1],
-        "dtype of x": str(spec.x.dtype),
-        "sf": "None" if spec.sf is None else f"{spec.sf.shape[1]} x {spec.sf.dtype}",
-        "topk_weights": "None" if spec.topk_weights is None else "given",
+        "dtype": str(spec.x.dtype),
+        "scale factor bytes": 0 if spec.sf is None else spec.sf.shape[1] * spec.sf.element_size(),
+        "topk_weights given": int(spec.topk_weights is not None),
     }
     if spec.plan is not None:
-        agree["digest of handle"] = spec.plan.digest
-    else:
-        assert spec.placement is not None
-        agree |= {
-            "num_topk": 0 if spec.topk_idx is None else spec.topk_idx.shape[1],
-            "num_experts": spec.placement.num_experts,
-            "expert_alignment": spec.expert_alignment,
-            "num_max_tokens_per_rank": spec.num_max_tokens_per_rank,
-            "placement of experts": _digest(spec.placement.rank, spec.placement.local),
-        }
-    return agree | spec.agree
+        return agree | {"handle": spec.plan.digest}
+    assert spec.placement is not None
+    return agree | {
+        "topk_idx given": int(spec.topk_idx is not None),
+        "num_topk": 0 if spec.topk_idx is None else spec.topk_idx.shape[1],
+        "num_experts": spec.placement.num_experts,
+        "expert_alignment": spec.expert_alignment,
+        "num_max_tokens_per_rank": spec.num_max_tokens_per_rank,
+        "placement": _digest(spec.placement.rank, spec.placement.local),
+    }
 
 
 def combine_agrees_on(spec: CombineSpec) -> dict[str, int | str]:
+    if spec.weights is None:
+        columns = 0
+    else:
+        columns = spec.weights.shape[1] if spec.weights.dim() == 2 else 1
     return {
         "layout": spec.plan.layout,
-        "digest of handle": spec.plan.digest,
         "hidden": spec.y.shape[1],
-        "dtype of x": str(spec.y.dtype),
-        "topk_weights": "None"
-        if spec.weights is None
-        else f"[rows{''.join(f', {n}' for n in spec.weights.shape[1:])}]",
-        "reduce_per_rank": int(spec.reduce_per_rank),
+        "dtype": str(spec.y.dtype),
+        "handle": spec.plan.digest,
+        "topk_weights columns": columns,
+        "allow_multiple_reduction": int(spec.reduce_per_rank),
     }
 
 
@@ -60,6 +60,12 @@ def check_dispatch(spec: DispatchSpec) -> None:
         tensor = getattr(spec, name)
         if tensor is not None and tensor.shape[0] != num_tokens:
             raise EPArgumentError.of(name, f"one row for each of the {num_tokens} tokens of x", tuple(tensor.shape))
+    if spec.num_tokens_per_rank is not None and spec.is_token_in_rank is not None:
+        claimed, counted = spec.num_tokens_per_rank.tolist(), spec.is_token_in_rank.sum(0).tolist()
+        for r, (n, expected) in enumerate(zip(claimed, counted, strict=True)):
+            if n != expected:
+                wanted = f"{expected} for rank {r}, as counted in is_token_in_rank"
+                raise EPArgumentError.of("num_tokens_per_rank", wanted, n)
     if spec.topk_idx is not None and spec.placement is not None and spec.topk_idx.numel():
         num_experts = spec.placement.num_experts
         low, high = torch.aminmax(spec.topk_idx)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .._rows import RowChannel, as_bytes
-from ..layout import target_ranks, target_rows
+from ..layout import align, target_ranks, target_rows
 from ..types import Dispatched, DispatchSpec, Plan
 from ._routing import local_ids
 
@@ -19,7 +19,9 @@ def allocate(spec: DispatchSpec, plan: Plan, num_ranks: int) -> Dispatched:
     recv_x = torch.empty((rows, spec.x.shape[1]), dtype=spec.x.dtype, device="cpu")
     recv_sf = recv_idx = recv_weights = recv_meta = None
     if spec.sf is not None:
-        recv_sf = torch.empty((rows, spec.sf.shape[1]), dtype=spec.sf.dtype, device="cpu")
+        leading = max(align(rows, 4), 4)  # 16 bytes of 4-byte elements
+        strides = (1, leading) if spec.col_major_sf else (spec.sf.shape[1], 1)
+        recv_sf = torch.empty_strided((rows, spec.sf.shape[1]), strides, dtype=spec.sf.dtype, device="cpu")
     if new and spec.topk_idx is not None and not expand:
         recv_idx = torch.full((rows, spec.topk_idx.shape[1]), -1, dtype=torch.int64, device="cpu")
     if spec.topk_weights is not None:
@@ -28,7 +30,7 @@ def allocate(spec: DispatchSpec, plan: Plan, num_ranks: int) -> Dispatched:
     if new and plan.layout == "rank":
         recv_meta = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
     elif new:
-        num_meta = num_ranks * spec.num_max_tokens_per_rank if spec.num_worst_tokens else plan.num_recv_tokens
+        num_meta = num_ranks * plan.num_max_tokens_per_rank if spec.num_worst_tokens else plan.num_recv_tokens
         recv_meta = torch.full((num_meta, 2 + plan.targets.shape[1]), -1, dtype=torch.int32, device="cpu")
     return Dispatched(recv_x, recv_sf, recv_idx, recv_weights, recv_meta, plan)
 
@@ -44,6 +46,15 @@ class Delivery:
     seq: int
 
     def run(self, channel: RowChannel) -> None:
+        recv_sf = self.result.recv_sf
+        if recv_sf is None or not self.spec.col_major_sf:
+            self._run(channel, recv_sf)
+            return
+        row_major = torch.empty(recv_sf.shape, dtype=recv_sf.dtype, device="cpu")
+        self._run(channel, row_major)
+        recv_sf.copy_(row_major)
+
+    def _run(self, channel: RowChannel, recv_sf: torch.Tensor | None) -> None:
         spec, result, plan = self.spec, self.result, self.result.plan
         ranks = target_ranks(plan.targets)
         sent = [(ranks == r).any(1).nonzero().reshape(-1) for r in range(self.num_ranks)]
@@ -78,7 +89,7 @@ class Delivery:
         if rows_of_slots is None:
             if weights is not None and result.recv_topk_weights is not None:
                 move(weights, result.recv_topk_weights[:num_recv])
-            for rows, out in ((spec.sf, result.recv_sf), (spec.x, result.recv_x)):
+            for rows, out in ((spec.sf, recv_sf), (spec.x, result.recv_x)):
                 if rows is not None and out is not None:
                     move(_take(rows, token), as_bytes(out)[:num_recv])
             return
@@ -90,7 +101,7 @@ class Delivery:
         if weights is not None and result.recv_topk_weights is not None:
             result.recv_topk_weights[place] = move(weights)[source, slot]
             result.recv_topk_weights[gap] = 0.0
-        for rows, out in ((spec.sf, result.recv_sf), (spec.x, result.recv_x)):
+        for rows, out in ((spec.sf, recv_sf), (spec.x, result.recv_x)):
             if rows is not None and out is not None:
                 arrived = move(_take(rows, token))
                 as_bytes(out).index_copy_(0, place, arrived.index_select(0, source)).index_fill_(0, gap, 0)
@@ -104,7 +115,7 @@ class Delivery:
             meta[:num_recv] = token
             return
         source = torch.repeat_interleave(_int64(range(self.num_ranks)), _int64(from_each))
-        meta[:num_recv, 0] = source * self.spec.num_max_tokens_per_rank + token
+        meta[:num_recv, 0] = source * self.result.plan.num_max_tokens_per_rank + token
         meta[:num_recv, 1] = source
         if rows_of_slots is not None:
             meta[:num_recv, 2:] = rows_of_slots

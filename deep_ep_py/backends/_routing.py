@@ -57,8 +57,8 @@ def rows_per_rank(spec: DispatchSpec, counts: torch.Tensor) -> list[int]:
     return rows
 
 
-def build_plan(spec: DispatchSpec, in_rank: torch.Tensor, counts: torch.Tensor, rank: int) -> Plan:
-    """The plan of one rank, from everyone's counts [R, R + E]."""
+def build_plan(spec: DispatchSpec, in_rank: torch.Tensor, counts: torch.Tensor, rank: int, num_max_tokens: int) -> Plan:
+    """The plan of one rank, from everyone's counts [R, R + E]; ``num_max_tokens``: M, given or found out."""
     placement = spec.placement
     assert placement is not None
     num_ranks = counts.shape[0]
@@ -77,6 +77,7 @@ def build_plan(spec: DispatchSpec, in_rank: torch.Tensor, counts: torch.Tensor, 
         expert_counts=slots.sum(0)[local].to(torch.int32),
         digest=_digest(spec, counts),
         expert_alignment=spec.expert_alignment,
+        num_max_tokens_per_rank=num_max_tokens,
     )
 
 

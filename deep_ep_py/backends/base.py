@@ -17,7 +17,7 @@ Operations of one backend object run in call order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -43,16 +43,24 @@ class Flight:
 
 @dataclass(slots=True)
 class Statistics:
-    """Counters of one backend object; all monotone but ``heap_bytes`` and ``held_bytes``."""
+    """Counters of one backend object; all monotone but ``heap_bytes``, ``held_bytes`` and ``segments``.
+
+    Attributes:
+        operations: rendezvous held. rendezvous_with_counts: those that exchanged counts.
+        second_records: dispatches whose first offers were too small.
+        heap_bytes: of this rank's heap. held_bytes: of it, in tensors and under way. segments: pieces it grew in.
+        moved_to_ordinary_memory: results that did not stay in the heap, because the user holds its limit already.
+        copied_combine_inputs: combines whose rows had to be copied into the heap first.
+    """
 
     operations: int = 0
     rendezvous_with_counts: int = 0
+    second_records: int = 0
     heap_bytes: int = 0
     held_bytes: int = 0
-    grown_segments: int = 0
+    segments: int = 0
     moved_to_ordinary_memory: int = 0
     copied_combine_inputs: int = 0
-    extra: dict[str, int] = field(default_factory=dict)
 
 
 class Backend(Protocol):

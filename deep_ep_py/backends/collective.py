@@ -78,15 +78,17 @@ class CollectiveBackend:
 
     def _begin_dispatch(self, spec: DispatchSpec, previous: Sequence[CompletionEvent]) -> Delivery:
         agree = dispatch_agrees_on(spec)
-        tell = {"num_worst_tokens": spec.num_worst_tokens}
-        records = self._meet("dispatch", agree, tell, lambda: check_dispatch(spec), previous)
+        tell = {"num_worst_tokens": spec.num_worst_tokens, "num_tokens": spec.x.shape[0]}
+        op = "dispatch" if spec.plan is None else "cached dispatch"
+        records = self._meet(op, agree, tell, lambda: check_dispatch(spec), previous)
         plan = spec.plan
         if plan is None:
             in_rank = tokens_in_ranks(spec, self.num_ranks)
             counts = all_gather(self._channel, self.num_ranks, own_counts(spec, in_rank))
             self._statistics.rendezvous_with_counts += 1
             check_worst_case(spec, counts, [r.tell["num_worst_tokens"] for r in records], self._seq)
-            plan = build_plan(spec, in_rank, counts, self.rank)
+            num_max_tokens = spec.num_max_tokens_per_rank or max(r.tell["num_tokens"] for r in records)
+            plan = build_plan(spec, in_rank, counts, self.rank, num_max_tokens)
         return Delivery(spec, allocate(spec, plan, self.num_ranks), self.rank, self.num_ranks, self._seq)
 
     def _deliver(self, delivery: Delivery) -> None:

@@ -84,10 +84,14 @@
 /* What ends a wait other than its condition. `gives_up` is the fault itself, the rest is its echo. */
 #define ANY_POISON (poisoned[0] || poisoned[1] || poisoned[2])
 #define ANY_DEAD (!alive[0] || !alive[1] || !alive[2])
+#ifdef PLANT_DEAF
+#define TROUBLE (me == 0 && gives_up)
+#else
 #define TROUBLE (ANY_POISON || ANY_DEAD || (me == 0 && gives_up))
+#endif
 
-/* A wait looks at its condition first. */
-#define WAIT(condition) if :: condition :: !(condition) && TROUBLE -> goto raise fi
+/* A wait may look at its condition first or at its peers first: both are tried. */
+#define WAIT(condition) if :: condition :: TROUBLE -> goto raise fi
 
 /* A combine needs the handle of a dispatch that took place. */
 #define CAN_COMBINE (n > 1 && (ops[1] == DISPATCH && outcome[1] == MOVED || ops[2] == DISPATCH && outcome[2] == MOVED))

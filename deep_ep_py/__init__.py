@@ -1,0 +1,58 @@
+"""Expert-parallel communication for Mixture-of-Experts models: dispatch and combine, with DeepEP's interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .buffer import Buffer
+from .config import Config
+from .elastic import ElasticBuffer
+from .errors import (
+    EPArgumentError,
+    EPBackendUnavailableError,
+    EPError,
+    EPMismatchError,
+    EPPeerError,
+    EPTimeoutError,
+)
+from .event import EventHandle, EventOverlap
+from .handle import EPHandle
+from .settings import Settings
+from .types import topk_idx_t
+
+__all__ = [
+    "Buffer",
+    "Config",
+    "EPArgumentError",
+    "EPBackendUnavailableError",
+    "EPError",
+    "EPHandle",
+    "EPMismatchError",
+    "EPPeerError",
+    "EPTimeoutError",
+    "ElasticBuffer",
+    "EventHandle",
+    "EventOverlap",
+    "Settings",
+    "get_logical_domain_size",
+    "get_physical_domain_size",
+    "topk_idx_t",
+]
+
+
+def get_physical_domain_size(group: Any) -> tuple[int, int]:
+    """(scale-out ranks, scale-up ranks) of a group; every rank in one domain, until the multi-node capability comes."""
+    return 1, group.size() if callable(getattr(group, "size", None)) else group.size
+
+
+def get_logical_domain_size(group: Any, allow_hybrid_mode: bool = True) -> tuple[int, int]:
+    """(scale-out ranks, scale-up ranks) as dispatch and combine use them."""
+    return get_physical_domain_size(group)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("deep_ep_py")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,373 @@
+"""V1's face: :class:`Buffer`, normal mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from . import _C, validate
+from .communicator import communicator_of
+from .config import Config
+from .engine import BackendInfo, Engine
+from .errors import EPArgumentError, EPError
+from .event import EventHandle, EventOverlap, completions
+from .handle import pack_v1, unpack_v1
+from .settings import Settings
+from .types import CombineSpec, DispatchSpec, ExpertPlacement
+
+Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+class Buffer:
+    """Expert-parallel dispatch and combine with DeepEP's V1 interface.
+
+    Args:
+        group: torch process group (any backend), or a deep_ep_py communicator.
+        num_nvl_bytes: heap to prepare, in bytes; it grows where that proves too small.
+        num_rdma_bytes: kept for programs written for DeepEP; nothing is allocated for it.
+        low_latency_mode: accepted, so that buffers which also serve low latency elsewhere work in normal mode here.
+        comm: mpi4py communicator, where ``group`` is None; comes with the multi-node capability.
+        backend: ``"auto"``, or a backend's exact name; default: ``DEEP_EP_PY_BACKEND``.
+        settings: instead of those of the environment.
+        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy, enable_shrink, use_fabric,
+            num_nvl_peers: accepted; they mean nothing here.
+
+    Construction is collective over the group. Results belong to the caller and outlive the buffer.
+
+    Raises:
+        EPArgumentError, EPMismatchError, EPTimeoutError, EPBackendUnavailableError: see :class:`.engine.Engine`.
+    """
+
+    num_sms: ClassVar[int] = 20
+
+    def __init__(
+        self,
+        group: Any,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: Any = None,
+        use_fabric: bool = False,
+        num_nvl_peers: int = 0,
+        *,
+        backend: str | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        communicator = communicator_of(group, comm)
+        self.group = group
+        self.rank = communicator.rank
+        self.group_size = communicator.size
+        self.num_nvl_bytes = num_nvl_bytes
+        self.num_rdma_bytes = num_rdma_bytes
+        self.low_latency_mode = bool(low_latency_mode)
+        self.explicitly_destroy = bool(explicitly_destroy)
+        refused: Exception | None = None
+        chosen = settings or Settings()
+        try:
+            chosen = Settings.of(settings, backend=backend)
+            validate.whole("num_nvl_bytes", num_nvl_bytes, 0)
+            validate.whole("num_rdma_bytes", num_rdma_bytes, 0)
+        except EPError as e:
+            refused = e
+        self._engine = Engine(
+            communicator,
+            chosen,
+            face="Buffer",
+            agree={"num_nvl_bytes": num_nvl_bytes, "low_latency_mode": self.low_latency_mode},
+            heap_bytes=num_nvl_bytes if refused is None else 0,
+            timeout_seconds=chosen.timeout_seconds,
+            refused=refused,
+        )
+        self._placements: dict[int, ExpertPlacement] = {}
+
+    @classmethod
+    def set_num_sms(cls, new_num_sms: int) -> None:
+        """Set the default of ``config.num_sms`` for all buffers; an even number. On a CPU: at most so many copy threads.
+
+        Raises:
+            EPArgumentError: odd or negative.
+        """
+        if validate.whole("new_num_sms", new_num_sms, 0) % 2:
+            raise EPArgumentError.of("new_num_sms", "an even number", new_num_sms)
+        Buffer.num_sms = int(new_num_sms)
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether Hopper kernels are in this build: no."""
+        return False
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """The present point in the caller's order of operations; on a CPU it has passed already."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """A configuration for any number of ranks."""
+        validate.whole("num_ranks", num_ranks, 1)
+        return Config(Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """A configuration for any number of ranks."""
+        return Buffer.get_dispatch_config(num_ranks)
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes that low latency would need: two buffers of every rank's tokens for every local expert, in bf16."""
+        tokens = validate.whole("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 0)
+        width = validate.whole("hidden", hidden, 0) * 2 + 16
+        experts = validate.whole("num_experts", num_experts, 1)
+        validate.whole("num_ranks", num_ranks, 1)
+        return -(-2 * experts * tokens * width // 128) * 128 + 128
+
+    def get_comm_stream(self) -> torch.cpu.Stream:
+        """The communication stream; on a CPU, torch's stand-in for one."""
+        return torch.cpu.Stream()
+
+    def get_local_buffer_tensor(
+        self, dtype: torch.dtype, size: Sequence[int] | None = None, offset: int = 0, use_rdma_buffer: bool = False
+    ) -> torch.Tensor:
+        """A tensor in this rank's heap, from which combine needs no copy.
+
+        Args:
+            dtype: of the tensor. size: its shape; default: ``num_nvl_bytes`` (or ``num_rdma_bytes``) worth of elements
+            after ``offset`` bytes. use_rdma_buffer: which of the two.
+        """
+        total = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+        shape = ((total - offset) // dtype.itemsize,) if size is None else tuple(size)
+        return self._engine.empty(shape, dtype)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor in this rank's heap: an expert that writes its output here spares combine a copy.
+
+        Args:
+            shape: any shape. dtype: any dtype.
+        """
+        return self._engine.empty(shape, dtype)
+
+    def backend_info(self) -> BackendInfo:
+        """Which backend carries the rows, and why others were refused."""
+        return self._engine.info
+
+    def statistics(self) -> Any:
+        """Counters of this buffer: :class:`.backends.base.Statistics`."""
+        return self._engine.statistics()
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Nothing to clean: normal and low latency mode share no memory."""
+
+    def destroy(self) -> None:
+        """Give memory, threads and mappings back. Idempotent, not collective; what was returned stays valid."""
+        self._engine.close()
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: torch.Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | EventHandle | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
+        """Count where tokens go; local, no communication.
+
+        Args:
+            topk_idx: [T, K] int64, -1 for no expert. num_experts: E, over all ranks.
+
+        Returns:
+            num_tokens_per_rank [R] int32, None (no other domains), num_tokens_per_expert [E] int32 (slots),
+            is_token_in_rank [T, R] bool, event (complete).
+
+        Raises:
+            EPArgumentError: wrong dtype or shape, or an expert id outside [-1, E).
+        """
+        for event in completions(previous_event):
+            event.wait()
+        topk_idx = validate.tensor("topk_idx", topk_idx, torch.int64, (None, None))
+        placement = self._placement(validate.whole("num_experts", num_experts, 1))
+        num_tokens, num_topk = topk_idx.shape
+        per_rank = torch.empty(self.group_size, dtype=torch.int32, device="cpu")
+        per_expert = torch.empty(num_experts, dtype=torch.int32, device="cpu")
+        in_rank = torch.empty((num_tokens, self.group_size), dtype=torch.bool, device="cpu")
+        wrong = _C.dispatch_layout(
+            topk_idx=topk_idx.data_ptr(),
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            num_ranks=self.group_size,
+            num_experts=num_experts,
+            expert_rank=placement.rank.data_ptr(),
+            expert_local=placement.local.data_ptr(),
+            tokens_per_rank=per_rank.data_ptr(),
+            tokens_per_expert=per_expert.data_ptr(),
+            is_token_in_rank=in_rank.data_ptr(),
+        )
+        if wrong:
+            raise EPArgumentError(wrong, argument="topk_idx")
+        return per_rank, None, per_expert, in_rank, EventOverlap(EventHandle() if async_finish else None)
+
+    def dispatch(
+        self,
+        x: Tokens,
+        handle: tuple[Any, ...] | None = None,
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | EventHandle | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None, list[int] | None, tuple[Any, ...] | None, EventOverlap]:
+        """Send every token to the ranks that own its experts.
+
+        Args:
+            x: [T, H] of any dtype, or ([T, H] fp8, [T, S] scale factors of 4 bytes).
+            handle: of an earlier dispatch, whose routing is repeated (then no layout and no top-k).
+            num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: from :meth:`get_dispatch_layout`.
+            topk_idx: [T, K] int64, topk_weights: [T, K] float32; both or neither.
+            expert_alignment: counts per expert are rounded up to a multiple of it.
+            num_worst_tokens: rows of all outputs, fixed in advance; tail rows have ``recv_topk_idx`` -1.
+            config: ``num_sms`` bounds the copy threads.
+            previous_event: waited for before anything is published. async_finish: return before rows have arrived; wait
+                for the event. num_tokens_per_rdma_rank, allocate_on_comm_stream: accepted.
+
+        Returns:
+            recv_x [N, H] (or the pair with [N, S] row-major), sorted by source rank and token; recv_topk_idx [N, K]
+            int64 local expert ids, -1 elsewhere; recv_topk_weights [N, K] float32, 0 where the id is -1;
+            num_recv_tokens_per_expert_list; handle; event. With a handle the four in the middle are None.
+
+        Raises:
+            EPArgumentError, EPMismatchError: on every rank, nothing has moved, the buffer stays usable.
+            EPTimeoutError, EPPeerError: the buffer is poisoned.
+        """
+        with self._engine.refusing("dispatch"):
+            spec = self._dispatch_spec(
+                x, handle, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights,
+                expert_alignment, num_worst_tokens, config,
+            )  # fmt: skip
+        got, event = self._engine.dispatch(spec, background=bool(async_finish), previous=(previous_event,))
+        recv_x = got.recv_x if got.recv_sf is None else (got.recv_x, got.recv_sf)
+        if handle is not None:
+            return recv_x, None, None, None, None, event
+        assert spec.is_token_in_rank is not None
+        assert got.recv_meta is not None
+        counts: list[int] = [] if num_worst_tokens else got.plan.expert_counts.tolist()
+        if expert_alignment > 1:
+            counts = [-(-n // expert_alignment) * expert_alignment for n in counts]
+        new_handle = pack_v1(got.plan, self.rank, got.recv_meta, spec.is_token_in_rank)
+        return recv_x, got.recv_topk_idx, got.recv_topk_weights, counts, new_handle, event
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: tuple[Any, ...],
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | EventHandle | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """Bring rows back to their tokens and sum them, in rank order; no weights are applied.
+
+        Args:
+            x: [N, H] bf16, fp16, fp32 or fp64, as many rows as dispatch delivered. A tensor of :meth:`empty`, or the
+                received one changed in place, is read where it lies; others are copied once.
+            handle: of the dispatch. topk_weights: [N, K] float32, summed like the rows, unmasked.
+            bias: None, [T, H], or a pair; added first.
+
+        Returns:
+            combined_x [T, H] of x's dtype; combined_topk_weights [T, K] float32 or None; event.
+
+        Raises:
+            EPArgumentError, EPMismatchError: on every rank, nothing has moved, the buffer stays usable.
+            EPTimeoutError, EPPeerError: the buffer is poisoned.
+        """
+        with self._engine.refusing("combine"):
+            plan = unpack_v1(handle, self.rank, self.group_size)
+            y = validate.combine_rows(x, plan.num_output_rows, "dispatch")
+            spec = CombineSpec(
+                y=y,
+                plan=plan,
+                weights=None
+                if topk_weights is None
+                else validate.tensor("topk_weights", topk_weights, torch.float32, (plan.num_output_rows, None)),
+                bias=validate.biases(bias, y, plan.targets.shape[0]),
+                max_threads=self._num_sms(config),
+            )
+        got, event = self._engine.combine(spec, background=bool(async_finish), previous=(previous_event,))
+        return got.combined_x, got.combined_topk_weights, event
+
+    def _dispatch_spec(
+        self,
+        x: Tokens,
+        handle: tuple[Any, ...] | None,
+        num_tokens_per_rank: torch.Tensor | None,
+        is_token_in_rank: torch.Tensor | None,
+        num_tokens_per_expert: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        expert_alignment: int,
+        num_worst_tokens: int,
+        config: Config | None,
+    ) -> DispatchSpec:
+        rows, sf = validate.tokens(x)
+        num_tokens, num_ranks = rows.shape[0], self.group_size
+        if handle is not None:
+            if topk_idx is not None or topk_weights is not None:
+                raise EPArgumentError.of("topk_idx", "None beside a handle (a cached dispatch moves rows only)", "a tensor")
+            plan = unpack_v1(handle, self.rank, num_ranks)
+            if plan.targets.shape[0] != num_tokens:
+                raise EPArgumentError.of("x", f"{plan.targets.shape[0]} tokens, as the handle's dispatch", num_tokens)
+            worst = plan.num_output_rows if plan.num_output_rows != plan.num_rows else 0
+            return DispatchSpec(
+                x=rows, sf=sf, layout="rank", plan=plan, num_worst_tokens=worst, max_threads=self._num_sms(config)
+            )
+        if (topk_idx is None) != (topk_weights is None):
+            raise EPArgumentError.of("topk_weights", "both topk_idx and topk_weights, or neither", "one of them")
+        worst = validate.whole("num_worst_tokens", num_worst_tokens, 0)
+        if topk_idx is not None:
+            topk_idx = validate.tensor("topk_idx", topk_idx, torch.int64, (num_tokens, None))
+            topk_weights = validate.tensor("topk_weights", topk_weights, torch.float32, tuple(topk_idx.shape))
+        elif worst:
+            raise EPArgumentError.of("topk_idx", "a tensor where num_worst_tokens is given", None)
+        per_expert = validate.tensor("num_tokens_per_expert", num_tokens_per_expert, torch.int32, (None,))
+        if per_expert.numel() == 0:
+            raise EPArgumentError.of("num_tokens_per_expert", "one count for each expert", "an empty tensor")
+        return DispatchSpec(
+            x=rows,
+            sf=sf,
+            layout="rank",
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            is_token_in_rank=validate.tensor("is_token_in_rank", is_token_in_rank, torch.bool, (num_tokens, num_ranks)),
+            num_tokens_per_rank=validate.tensor("num_tokens_per_rank", num_tokens_per_rank, torch.int32, (num_ranks,)),
+            num_tokens_per_expert=per_expert,
+            placement=self._placement(per_expert.numel()),
+            mask_weights=True,
+            expert_alignment=validate.whole("expert_alignment", expert_alignment, 1),
+            num_worst_tokens=worst,
+            max_threads=self._num_sms(config),
+        )
+
+    def _placement(self, num_experts: int) -> ExpertPlacement:
+        placement = self._placements.get(num_experts)
+        if placement is None:
+            placement = self._placements[num_experts] = ExpertPlacement.contiguous(num_experts, self.group_size)
+        return placement
+
+    def _num_sms(self, config: Config | None) -> int:
+        return config.num_sms if config is not None else self.num_sms

@@ -1,0 +1,438 @@
+"""V2's face: :class:`ElasticBuffer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import validate
+from .communicator import communicator_of
+from .engine import BackendInfo, Engine
+from .errors import EPArgumentError, EPError
+from .event import EventHandle, EventOverlap
+from .handle import EPHandle
+from .layout import worst_case_expanded_rows
+from .settings import Settings
+from .sizes import elastic_heap_bytes
+from .types import CombineSpec, DispatchSpec, ExpertPlacement
+
+Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+PreviousEvent = EventHandle | EventOverlap | None
+
+
+class ElasticBuffer:
+    """Expert-parallel dispatch and combine with DeepEP's V2 interface.
+
+    Args:
+        group: torch process group (any backend), or a deep_ep_py communicator.
+        num_bytes: heap to prepare, in bytes; None: from the three sizes below. It grows where that proves too small.
+        num_max_tokens_per_rank, hidden, num_topk: M, H and K of the largest call, for the size of the heap; M also is
+            the default of dispatch's argument.
+        use_fp8_dispatch: rows are fp8 with scale factors.
+        allow_hybrid_mode: across domains, reduce inside a domain first.
+        allow_multiple_reduction: expanded combine may sum and round the slots of one rank first.
+        prefer_overlap_with_compute: asynchronous calls leave a core to the computation; they always do here.
+        num_cpu_timeout_secs: deadline of every wait, in seconds.
+        backend: ``"auto"``, or a backend's exact name; default: ``DEEP_EP_PY_BACKEND``.
+        settings: instead of those of the environment.
+        num_cpu_bytes, deterministic (results always are), sl_idx, num_allocated_qps, num_gpu_timeout_secs,
+            explicitly_destroy: accepted; they mean nothing here.
+
+    Construction is collective over the group. Results belong to the caller and outlive the buffer.
+
+    Raises:
+        EPArgumentError, EPMismatchError, EPTimeoutError, EPBackendUnavailableError: see :class:`.engine.Engine`.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        num_bytes: int | None = None,
+        num_cpu_bytes: int = 0,
+        num_max_tokens_per_rank: int = 0,
+        hidden: int = 0,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        deterministic: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+        prefer_overlap_with_compute: bool = True,
+        sl_idx: int = 3,
+        num_allocated_qps: int = 0,
+        num_cpu_timeout_secs: float = 300,
+        num_gpu_timeout_secs: float = 100,
+        explicitly_destroy: bool = False,
+        *,
+        backend: str | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        communicator = communicator_of(group)
+        refused: Exception | None = None
+        chosen = settings or Settings()
+        heap_bytes, timeout = 0, float(chosen.timeout_seconds)
+        try:
+            chosen = Settings.of(settings, backend=backend)
+            sizes = {"num_max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden, "num_topk": num_topk}
+            for name, value in sizes.items():
+                validate.whole(name, value, 0)
+            heap_bytes = validate.whole("num_bytes", num_bytes, 0) if num_bytes is not None else elastic_heap_bytes(
+                communicator.size, num_max_tokens_per_rank, hidden, num_topk, bool(use_fp8_dispatch)
+            )  # fmt: skip
+            if not num_cpu_timeout_secs > 0:
+                raise EPArgumentError.of("num_cpu_timeout_secs", "a positive number of seconds", num_cpu_timeout_secs)
+            # The argument's default does not override what the environment or the caller's settings say.
+            timeout = chosen.timeout_seconds if num_cpu_timeout_secs == 300 else float(num_cpu_timeout_secs)
+        except EPError as e:
+            refused = e
+        self.group = group
+        self.rank_idx = self.scaleup_rank_idx = communicator.rank
+        self.num_ranks = self.num_scaleup_ranks = self.num_nvlink_ranks = communicator.size
+        self.scaleout_rank_idx, self.num_scaleout_ranks, self.num_rdma_ranks = 0, 1, 1
+        self.num_bytes = heap_bytes
+        self.num_max_tokens_per_rank = num_max_tokens_per_rank
+        self.num_allocated_qps = num_allocated_qps
+        self.deterministic = bool(deterministic)
+        self.allow_hybrid_mode = bool(allow_hybrid_mode)
+        self.allow_multiple_reduction = bool(allow_multiple_reduction)
+        self.explicitly_destroy = bool(explicitly_destroy)
+        self._engine = Engine(
+            communicator,
+            chosen,
+            face="ElasticBuffer",
+            agree={
+                "num_bytes": num_bytes,
+                "num_max_tokens_per_rank": num_max_tokens_per_rank,
+                "hidden": hidden,
+                "num_topk": num_topk,
+                "use_fp8_dispatch": bool(use_fp8_dispatch),
+                "allow_hybrid_mode": self.allow_hybrid_mode,
+                "allow_multiple_reduction": self.allow_multiple_reduction,
+            },
+            heap_bytes=heap_bytes,
+            timeout_seconds=timeout,
+            refused=refused,
+        )
+        self._placements: dict[int, ExpertPlacement] = {}
+
+    @staticmethod
+    def get_buffer_size_hint(
+        group: Any,
+        num_max_tokens_per_rank: int,
+        hidden: int,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+    ) -> int:
+        """Bytes of heap with which calls of up to this size never grow it; pass it as ``num_bytes``."""
+        size = group.size() if callable(getattr(group, "size", None)) else group.size
+        return elastic_heap_bytes(size, num_max_tokens_per_rank, hidden, num_topk, bool(use_fp8_dispatch))
+
+    @staticmethod
+    def capture() -> EventHandle:
+        """The present point in the caller's order of operations; on a CPU it has passed already."""
+        return EventHandle()
+
+    def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
+        """Return when every rank has called it. The arguments are accepted; on a CPU the host always waits."""
+        self._engine.barrier()
+
+    def get_comm_stream(self) -> torch.cpu.Stream:
+        """The communication stream; on a CPU, torch's stand-in for one."""
+        return torch.cpu.Stream()
+
+    def get_physical_domain_size(self) -> tuple[int, int]:
+        """(scale-out ranks, scale-up ranks)."""
+        return self.num_scaleout_ranks, self.num_scaleup_ranks
+
+    def get_logical_domain_size(self) -> tuple[int, int]:
+        """(scale-out ranks, scale-up ranks) as dispatch and combine use them."""
+        return self.num_scaleout_ranks, self.num_scaleup_ranks
+
+    def get_theoretical_num_sms(self, num_experts: int, num_topk: int, *args: Any, **kwargs: Any) -> int:
+        """What to pass as ``num_sms``: the copy threads that this rank uses at most. Further arguments are accepted."""
+        return max(self._engine.settings.num_threads, 2)
+
+    def get_theoretical_num_qps(self, num_sms: int) -> int:
+        """Queue pairs: none on shared memory; 1, so that programs may divide by it."""
+        return 1
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor in this rank's heap: an expert that writes its output here spares combine a copy.
+
+        Args:
+            shape: any shape. dtype: any dtype.
+        """
+        return self._engine.empty(shape, dtype)
+
+    def backend_info(self) -> BackendInfo:
+        """Which backend carries the rows, and why others were refused."""
+        return self._engine.info
+
+    def statistics(self) -> Any:
+        """Counters of this buffer: :class:`.backends.base.Statistics`."""
+        return self._engine.statistics()
+
+    def destroy(self) -> None:
+        """Give memory, threads and mappings back. Idempotent, not collective; what was returned stays valid."""
+        self._engine.close()
+
+    def dispatch(
+        self,
+        x: Tokens,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: PreviousEvent = None,
+        previous_event_before_epilogue: PreviousEvent = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: EPHandle | None = None,
+        do_handle_copy: bool = True,
+        do_cpu_sync: bool | None = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+        use_tma_aligned_col_major_sf: bool = False,
+    ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]:
+        """Send every token to the ranks that own its experts.
+
+        Args:
+            x: [T, H] of any dtype, or ([T, H] fp8, [T, S] scale factors of 4 bytes, any strides).
+            topk_idx: [T, K] int64, -1 for no expert. topk_weights: [T, K] float32 or None.
+            cumulative_local_expert_recv_stats: [E_local] int32, to which the received slots of each local expert are
+                added; not on cached calls.
+            num_experts: E, over all ranks. num_max_tokens_per_rank: M, at least T, equal on all ranks; default: the
+                constructor's.
+            expert_alignment: expert blocks start at multiples of it, and reported counts are rounded up to it; default 1.
+            num_sms: upper bound of copy threads; 0: the default.
+            handle: of an earlier dispatch, whose routing is repeated; the same ``do_expand``.
+            do_handle_copy: the handle keeps a copy of ``topk_idx``, not the caller's tensor.
+            do_cpu_sync: exact output sizes; else the worst case, valid rows first. Default: unless a handle is given.
+            do_expand: one row per token and slot, sorted by local expert, source rank, source token and slot.
+            do_zero_padding: expanded: alignment gaps are zeroed.
+            use_tma_aligned_col_major_sf: scale factors come back column-major, leading dimension a multiple of 16 bytes.
+            previous_event, previous_event_before_epilogue: waited for before anything is published.
+            async_with_compute_stream: return before rows have arrived; wait for the event.
+            num_qps, allocate_on_comm_stream: accepted.
+
+        Returns:
+            recv_x [N, H] (or the pair), compact rows sorted by source rank and token; recv_topk_idx [N, K] int64 local
+            expert ids, -1 elsewhere (None where expanded); recv_topk_weights [N, K] float32, all K weights of the
+            source ([rows] where expanded), None if none were given; handle; event.
+
+        Raises:
+            EPArgumentError, EPMismatchError: on every rank, nothing has moved, the buffer stays usable.
+            EPTimeoutError, EPPeerError: the buffer is poisoned.
+        """
+        with self._engine.refusing("dispatch"):
+            stats = cumulative_local_expert_recv_stats
+            if handle is None:
+                sync = do_cpu_sync is None or bool(do_cpu_sync)
+                spec = self._spec(
+                    x, topk_idx, topk_weights, stats, num_experts, num_max_tokens_per_rank, expert_alignment, num_sms,
+                    sync, bool(do_expand),
+                )  # fmt: skip
+                spec.zero_padding = bool(do_zero_padding) and bool(do_expand)
+            else:
+                agree = {
+                    "num_experts": num_experts,
+                    "num_max_tokens_per_rank": num_max_tokens_per_rank,
+                    "expert_alignment": expert_alignment,
+                }
+                spec = self._cached_spec(x, topk_idx, topk_weights, handle, agree, num_sms, bool(do_expand))
+                spec.zero_padding = bool(do_zero_padding) and handle.do_expand
+            spec.col_major_sf = bool(use_tma_aligned_col_major_sf)
+        got, event = self._engine.dispatch(
+            spec,
+            background=bool(async_with_compute_stream),
+            previous=(previous_event, previous_event_before_epilogue),
+        )
+        recv_x = got.recv_x if got.recv_sf is None else (got.recv_x, got.recv_sf)
+        if handle is not None:
+            return recv_x, handle._recv_topk_idx, got.recv_topk_weights, handle, event
+        assert topk_idx is not None
+        assert got.recv_meta is not None
+        assert spec.placement is not None
+        plan = got.plan
+        if stats is not None:
+            stats += plan.expert_counts
+        new_handle = EPHandle(
+            plan=plan,
+            rank=self.rank_idx,
+            num_experts=spec.placement.num_experts,
+            num_sms=num_sms,
+            topk_idx=topk_idx.clone() if do_handle_copy else topk_idx,
+            recv_src_metadata=got.recv_meta,
+            recv_topk_idx=got.recv_topk_idx,
+            has_host_counts=sync,
+            num_expanded_tokens=None if sync else self._worst_rows(spec, expand=True),
+        )
+        return recv_x, got.recv_topk_idx, got.recv_topk_weights, new_handle, event
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: EPHandle,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: PreviousEvent = None,
+        previous_event_before_epilogue: PreviousEvent = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """Bring rows back to their tokens and sum them, in slot order; no weights are applied.
+
+        Args:
+            x: [rows, H] bf16, fp16, fp32 or fp64, as many rows as dispatch delivered. A tensor of :meth:`empty`, or the
+                received one changed in place, is read where it lies; others are copied once.
+            handle: of the dispatch.
+            topk_weights: [rows, K] float32 ([rows] where expanded) to bring back beside the rows.
+            bias: None, [T, H], or a pair; added first.
+            num_sms: upper bound of copy threads; 0: the handle's.
+
+        Returns:
+            combined_x [T, H] of x's dtype; combined_topk_weights [T, K] float32, per slot what its owner returned (0
+            for -1), or None; event.
+
+        Raises:
+            EPArgumentError, EPMismatchError: on every rank, nothing has moved, the buffer stays usable.
+            EPTimeoutError, EPPeerError: the buffer is poisoned.
+        """
+        with self._engine.refusing("combine"):
+            plan = self._plan_of(handle)
+            y = validate.combine_rows(x, plan.num_output_rows, "dispatch")
+            if topk_weights is not None:
+                rows = (plan.num_output_rows,)
+                shape = rows if handle.do_expand else (*rows, plan.targets.shape[1])
+                topk_weights = validate.tensor("topk_weights", topk_weights, torch.float32, shape)
+            spec = CombineSpec(
+                y=y,
+                plan=plan,
+                weights=topk_weights,
+                bias=validate.biases(bias, y, plan.targets.shape[0]),
+                reduce_per_rank=handle.do_expand and self.allow_multiple_reduction,
+                max_threads=num_sms or handle.num_sms,
+            )
+        got, event = self._engine.combine(
+            spec,
+            background=bool(async_with_compute_stream),
+            previous=(previous_event, previous_event_before_epilogue),
+        )
+        return got.combined_x, got.combined_topk_weights, event
+
+    def _spec(
+        self,
+        x: Tokens,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        stats: torch.Tensor | None,
+        num_experts: int | None,
+        num_max_tokens_per_rank: int | None,
+        expert_alignment: int | None,
+        num_sms: int,
+        sync: bool,
+        expand: bool,
+    ) -> DispatchSpec:
+        rows, sf = validate.tokens(x)
+        num_tokens = rows.shape[0]
+        topk_idx = validate.tensor("topk_idx", topk_idx, torch.int64, (num_tokens, None))
+        num_topk = topk_idx.shape[1]
+        if num_topk == 0:
+            raise EPArgumentError.of("topk_idx", "at least one slot", validate.describe(topk_idx))
+        if topk_weights is not None:
+            topk_weights = validate.tensor("topk_weights", topk_weights, torch.float32, (num_tokens, num_topk))
+        placement = self._placement(validate.whole("num_experts", num_experts, 1))
+        if stats is not None:
+            validate.tensor(
+                "cumulative_local_expert_recv_stats", stats, torch.int32, (placement.num_local[self.rank_idx],)
+            )
+        given = self.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank
+        limit = validate.whole("num_max_tokens_per_rank", given, 0)
+        if limit and num_tokens > limit:
+            raise EPArgumentError.of("x", f"at most num_max_tokens_per_rank = {limit} tokens", num_tokens)
+        if not limit and not sync:
+            raise EPArgumentError.of("num_max_tokens_per_rank", "a positive number where do_cpu_sync is off", limit)
+        spec = DispatchSpec(
+            x=rows,
+            sf=sf,
+            layout="expand" if expand else "topk",
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            placement=placement,
+            expert_alignment=1 if expert_alignment is None else validate.whole("expert_alignment", expert_alignment, 1),
+            num_max_tokens_per_rank=limit,
+            max_threads=validate.whole("num_sms", num_sms, 0),
+        )
+        if not sync:
+            spec.num_worst_tokens = self._worst_rows(spec, expand=expand)
+        return spec
+
+    def _cached_spec(
+        self,
+        x: Tokens,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        handle: EPHandle,
+        agree: dict[str, int | None],
+        num_sms: int,
+        expand: bool,
+    ) -> DispatchSpec:
+        plan = self._plan_of(handle)
+        rows, sf = validate.tokens(x)
+        num_tokens, num_topk = plan.targets.shape
+        if rows.shape[0] != num_tokens:
+            raise EPArgumentError.of("x", f"{num_tokens} tokens, as the handle's dispatch", rows.shape[0])
+        if expand != handle.do_expand:
+            raise EPArgumentError.of("do_expand", f"{handle.do_expand}, as the handle's dispatch", expand)
+        for name, value in agree.items():
+            if value is not None and value != getattr(handle, name):
+                raise EPArgumentError.of(name, f"{getattr(handle, name)}, as the handle's dispatch, or None", value)
+        if topk_idx is not None and not torch.equal(topk_idx, handle.topk_idx):
+            raise EPArgumentError.of("topk_idx", "None, or the handle's", "other routing; leave out the handle")
+        if topk_weights is not None:
+            topk_weights = validate.tensor("topk_weights", topk_weights, torch.float32, (num_tokens, num_topk))
+        return DispatchSpec(
+            x=rows,
+            sf=sf,
+            layout=plan.layout,
+            topk_weights=topk_weights,
+            plan=plan,
+            expert_alignment=plan.expert_alignment,
+            num_worst_tokens=plan.num_output_rows if plan.num_output_rows != plan.num_rows else 0,
+            num_max_tokens_per_rank=plan.num_max_tokens_per_rank,
+            max_threads=validate.whole("num_sms", num_sms, 0) or handle.num_sms,
+        )
+
+    def _plan_of(self, handle: Any) -> Any:
+        if not isinstance(handle, EPHandle):
+            raise EPArgumentError.of("handle", "the EPHandle that dispatch returned", validate.describe(handle))
+        plan = handle._plan
+        if plan.rank_prefix.shape[0] != self.num_ranks or handle._rank != self.rank_idx:
+            made = f"rank {handle._rank} of {plan.rank_prefix.shape[0]}"
+            raise EPArgumentError.of("handle", f"one made by rank {self.rank_idx} of {self.num_ranks}", f"one of {made}")
+        return plan
+
+    def _worst_rows(self, spec: DispatchSpec, *, expand: bool) -> int:
+        """Rows that hold for any routing, equal on all ranks."""
+        assert spec.placement is not None
+        assert spec.topk_idx is not None
+        ranks, limit = self.num_ranks, spec.num_max_tokens_per_rank
+        if not expand:
+            return ranks * limit
+        local = spec.placement.num_local[self.rank_idx]
+        return worst_case_expanded_rows(ranks, limit, spec.topk_idx.shape[1], local, spec.expert_alignment)
+
+    def _placement(self, num_experts: int) -> ExpertPlacement:
+        placement = self._placements.get(num_experts)
+        if placement is None:
+            placement = self._placements[num_experts] = ExpertPlacement.contiguous(num_experts, self.num_ranks)
+        return placement

@@ -1,0 +1,213 @@
+"""Opens a backend for a face, runs the halves of its operations in call order, and makes failures everybody's."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .backends.base import Backend, Statistics
+from .backends.collective import CollectiveBackend
+from .backends.shm import ShmBackend, unavailable_because
+from .communicator import Communicator
+from .errors import EPArgumentError, EPBackendUnavailableError, EPError, EPMismatchError
+from .event import CompletionEvent, EventHandle, EventOverlap, completions
+from .settings import Settings
+from .types import Combined, CombineSpec, Dispatched, DispatchSpec
+
+_BACKENDS = ("auto", "shm", "collective")
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """Which backend carries the rows, and why not another: ``refused`` maps a backend's name to the reason."""
+
+    name: str
+    refused: dict[str, str]
+    num_ranks: int
+    scaleup_ranks: tuple[int, ...]
+
+
+class Engine:
+    """One buffer's engine. Construction is collective; every rank gets the same backend or the same error."""
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        settings: Settings,
+        *,
+        face: str,
+        agree: Mapping[str, Any],
+        heap_bytes: int,
+        timeout_seconds: float,
+        refused: Exception | None = None,
+    ) -> None:
+        """Meet the other ranks and open the backend.
+
+        Args:
+            face: the class that is constructed; must be equal on all ranks.
+            agree: constructor arguments that must be equal on all ranks, JSON-able.
+            heap_bytes: heap to prefault.
+            timeout_seconds: deadline of every wait.
+            refused: this rank's arguments were refused: peers are told, then it is raised.
+
+        Raises:
+            EPArgumentError: on every rank, where one rank's arguments were refused.
+            EPMismatchError: on every rank, where ranks disagree; names the field and each rank's value.
+            EPTimeoutError: ranks did not come; names them.
+            EPBackendUnavailableError: the backend asked for does not work here; says why.
+        """
+        mine = {
+            "refused": "" if refused is None else str(refused),
+            "agree": {"class": face, "backend": settings.backend, **agree},
+            "host": {**host_facts(), "domain": settings.domain},
+            "nonce": secrets.randbits(63),
+        }
+        answers = communicator.exchange(
+            json.dumps(mine).encode(), timeout=settings.connect_timeout_seconds, what="constructor arguments"
+        )
+        if refused is not None:
+            raise refused
+        ranks = [json.loads(a) for a in answers]
+        _raise_refused(face, ranks)
+        _raise_mismatch(face, [r["agree"] for r in ranks])
+        if settings.backend not in _BACKENDS:
+            raise EPArgumentError.of("backend", f"one of {_BACKENDS}", repr(settings.backend))
+
+        # Equal on all ranks and new for each construction: the identity of every segment.
+        epoch = sum(r["nonce"] for r in ranks) & (2**64 - 1)
+        self.settings = replace(settings, timeout_seconds=timeout_seconds)
+        refusals: dict[str, str] = {}
+        self.backend: Backend
+        if settings.backend in ("auto", "shm"):
+            why = unavailable_because([r["host"] for r in ranks])
+            try:
+                if why:
+                    raise EPBackendUnavailableError(f"backend 'shm' does not work here: {why}", reasons={"shm": why})
+                self.backend = ShmBackend(
+                    communicator,
+                    self.settings,
+                    epoch=epoch,
+                    heap_bytes=settings.heap_bytes or heap_bytes,
+                    num_cores=num_cores(),
+                )
+            except EPBackendUnavailableError as e:
+                if settings.backend == "shm":
+                    raise
+                refusals["shm"] = e.reasons.get("shm", str(e))
+        if settings.backend == "collective" or refusals:
+            self.backend = CollectiveBackend(communicator, self.settings)
+        communicator.close()
+        self.rank, self.num_ranks = communicator.rank, communicator.size
+        self.info = BackendInfo(self.backend.name, refusals, self.num_ranks, tuple(range(self.num_ranks)))
+        # Operations of one buffer run in call order, whichever thread calls.
+        self._lock = threading.RLock()
+        # Closes when the buffer is dropped and before the interpreter ends; never collective.
+        self.close = weakref.finalize(self, self.backend.close)
+
+    def refusing(self, op: str) -> Refusal:
+        """A context: an exception in it is told to the peers, who wait in this operation, before it is raised."""
+        return Refusal(self.backend, self._lock, op)
+
+    def dispatch(self, spec: DispatchSpec, *, background: bool, previous: Sequence[Any]) -> tuple[Dispatched, EventOverlap]:
+        backend = self.backend
+        with self._lock:
+            flight = backend.prepare(spec, background=background, previous=_waiting(previous))
+            backend.dispatch_send(flight)
+            result = backend.dispatch_recv(flight)
+        return result, _event_of(flight.event, background)
+
+    def combine(self, spec: CombineSpec, *, background: bool, previous: Sequence[Any]) -> tuple[Combined, EventOverlap]:
+        backend = self.backend
+        with self._lock:
+            flight = backend.prepare_combine(spec, background=background, previous=_waiting(previous))
+            backend.combine_send(flight)
+            result = backend.combine_recv(flight)
+        return result, _event_of(flight.event, background)
+
+    def barrier(self) -> None:
+        with self._lock:
+            self.backend.barrier()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self.backend.empty(shape, dtype)
+
+    def statistics(self) -> Statistics:
+        return self.backend.statistics()
+
+
+class Refusal:
+    """See :meth:`Engine.refusing`."""
+
+    __slots__ = ("_backend", "_lock", "_op")
+
+    def __init__(self, backend: Backend, lock: threading.RLock, op: str) -> None:
+        self._backend = backend
+        self._lock = lock
+        self._op = op
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            text = str(error) if isinstance(error, EPError) else f"{type(error).__name__}: {error}"
+            with self._lock:
+                self._backend.fail(self._op, text)
+
+
+def host_facts() -> dict[str, str]:
+    """What tells one machine from another, as far as shared memory is concerned."""
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        boot_id = f"{platform.node()}-{platform.system()}"
+    return {"boot_id": boot_id}
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _raise_refused(face: str, ranks: list[dict[str, Any]]) -> None:
+    failed = [r for r, answer in enumerate(ranks) if answer["refused"]]
+    if failed:
+        text = f"{face} was refused on rank {failed[0]}: {ranks[failed[0]]['refused']}"
+        raise EPArgumentError(text, op="construct", phase="constructor arguments", ranks=failed)
+
+
+def _raise_mismatch(face: str, arguments: list[dict[str, Any]]) -> None:
+    for field in sorted(set().union(*arguments)):
+        values = {r: a.get(field) for r, a in enumerate(arguments)}
+        if any(v != values[0] for v in values.values()):
+            listed = ", ".join(f"rank {r}: {v!r}" for r, v in values.items())
+            raise EPMismatchError(
+                f"{face}: ranks disagree about {field}: {listed}. Construct every rank's buffer with equal arguments.",
+                field=field,
+                values=values,
+                op="construct",
+                phase="constructor arguments",
+                ranks=tuple(values),
+            )
+
+
+def _waiting(previous: Sequence[Any]) -> list[CompletionEvent]:
+    return completions(*previous) if any(p is not None for p in previous) else []
+
+
+def _event_of(event: CompletionEvent | None, background: bool) -> EventOverlap:
+    """A synchronous call is complete: no event. A background call always has one, which clients wait for."""
+    return EventOverlap(EventHandle(event) if background else None)

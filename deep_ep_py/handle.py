@@ -1,0 +1,173 @@
+"""Handles: what a dispatch leaves for the cached dispatch and the combine that follow. Plain data, no buffer inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _C
+from .errors import EPArgumentError
+from .layout import align, target_ranks, target_rows
+from .types import Plan
+
+
+class EPHandle:
+    """V2's handle. Outlives its buffer. Attributes may be assigned; those that few read are computed when first read.
+
+    Shapes: T tokens, K slots, N received tokens, R ranks, M = ``num_max_tokens_per_rank``.
+
+    Attributes:
+        do_expand: one row per slot (expert-major) rather than one per token.
+        num_experts, expert_alignment, num_max_tokens_per_rank, num_sms: as given to dispatch.
+        topk_idx: [T, K] int64, a copy unless ``do_handle_copy`` was off.
+        num_recv_tokens: N; without host sync the worst case R * M.
+        num_expanded_tokens: rows of the expanded output, alignment gaps included; without host sync the worst case.
+        num_recv_tokens_per_expert_list: aligned count of each local expert; empty without host sync.
+        psum_num_recv_tokens_per_scaleup_rank: [R] int32, received tokens of sources 0..r.
+        psum_num_recv_tokens_per_expert: [E_local] int32. Compact: inclusive sum of aligned counts. Expanded: entry i is
+            the aligned sum of the experts before i plus the exact count of i.
+        num_unaligned_recv_tokens_per_expert: [E_local] int32.
+        recv_src_metadata: [N, 2 + K] int32 (R * M rows without host sync, those past N undefined). Column 0: source
+            rank * M + source token; column 1: private; columns 2..: the slot's row in the expanded output, or -1.
+        dst_buffer_slot_idx: [T, K] int32, destination rank * M + index among the tokens this rank sends there, at the
+            last slot of that destination; -1 elsewhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        rank: int,
+        num_experts: int,
+        num_sms: int,
+        topk_idx: torch.Tensor,
+        recv_src_metadata: torch.Tensor,
+        recv_topk_idx: torch.Tensor | None,
+        has_host_counts: bool,
+        num_expanded_tokens: int | None,
+    ) -> None:
+        self.do_expand = plan.layout == "expand"
+        self.num_experts = num_experts
+        self.expert_alignment = plan.expert_alignment
+        self.num_max_tokens_per_rank = plan.num_max_tokens_per_rank
+        self.num_sms = num_sms
+        self.topk_idx = topk_idx
+        self.recv_src_metadata = recv_src_metadata
+        num_ranks = plan.rank_prefix.shape[0]
+        self.num_recv_tokens = plan.num_recv_tokens if has_host_counts else num_ranks * plan.num_max_tokens_per_rank
+        self._plan = plan
+        self._rank = rank
+        self._recv_topk_idx = recv_topk_idx
+        self._has_host_counts = has_host_counts
+        if num_expanded_tokens is not None:
+            self.num_expanded_tokens = num_expanded_tokens
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for what is not set yet; the value is kept, so a second read costs nothing.
+        compute = _LAZY.get(name)
+        if compute is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = compute(self)
+        setattr(self, name, value)
+        return value
+
+
+def _aligned_counts(handle: EPHandle) -> list[int]:
+    plan = handle._plan
+    counts: list[int] = plan.expert_counts.tolist()
+    return [align(n, plan.expert_alignment) for n in counts]
+
+
+def _psum_per_expert(handle: EPHandle) -> torch.Tensor:
+    aligned = torch.tensor(_aligned_counts(handle), dtype=torch.int32, device="cpu")
+    ends = torch.cumsum(aligned, 0, dtype=torch.int32)
+    return ends - aligned + handle._plan.expert_counts if handle.do_expand else ends
+
+
+def _dst_buffer_slot_idx(handle: EPHandle) -> torch.Tensor:
+    plan, me, limit = handle._plan, handle._rank, handle.num_max_tokens_per_rank
+    ranks = target_ranks(plan.targets)
+    # A destination's slot is its last one; earlier slots of the same rank are -1.
+    later = torch.zeros_like(ranks, dtype=torch.bool)
+    for k in range(ranks.shape[1] - 1):
+        later[:, k] = (ranks[:, k + 1 :] == ranks[:, k : k + 1]).any(dim=1)
+    last = (ranks >= 0) & ~later
+    if handle.do_expand:
+        index = torch.zeros_like(ranks)
+        for r in range(plan.rank_prefix.shape[0]):
+            here = (last & (ranks == r)).any(dim=1)
+            index = torch.where((ranks == r), (torch.cumsum(here, 0) - 1).unsqueeze(1), index)
+    else:
+        first = plan.rank_prefix[me - 1].to(torch.int64) if me > 0 else torch.zeros_like(plan.rank_prefix[0]).long()
+        index = target_rows(plan.targets) - first[ranks.clamp(min=0)]
+    return torch.where(last, ranks * limit + index, torch.full_like(ranks, -1)).to(torch.int32)
+
+
+_LAZY = {
+    "num_recv_tokens_per_expert_list": lambda h: _aligned_counts(h) if h._has_host_counts else [],
+    "num_expanded_tokens": lambda h: sum(_aligned_counts(h)),
+    "psum_num_recv_tokens_per_scaleup_rank": lambda h: h._plan.rank_prefix[:, h._rank].contiguous(),
+    "psum_num_recv_tokens_per_expert": _psum_per_expert,
+    "num_unaligned_recv_tokens_per_expert": lambda h: h._plan.expert_counts,
+    "dst_buffer_slot_idx": _dst_buffer_slot_idx,
+}
+
+
+def pack_v1(plan: Plan, rank: int, recv_src_idx: torch.Tensor, is_token_in_rank: torch.Tensor) -> tuple[Any, ...]:
+    """V1's handle inside one domain: (rank_prefix_matrix [R, R], channel_prefix_matrix [R, 1],
+    recv_channel_prefix_matrix [R, 1], recv_src_idx [N], is_token_in_rank [T, R] bool, send_head [T, R]), else int32.
+
+    One channel. ``send_head``: index of the token among those this rank sends to that one, or -1.
+    """
+    prefix = plan.rank_prefix
+    send_head = torch.empty(is_token_in_rank.shape, dtype=torch.int32, device="cpu")
+    _C.heads_from_targets(
+        targets=plan.targets.data_ptr(),
+        prefix=prefix.data_ptr(),
+        rank=rank,
+        num_ranks=prefix.shape[0],
+        num_tokens=send_head.shape[0],
+        send_head=send_head.data_ptr(),
+    )
+    before = prefix[rank - 1] if rank > 0 else torch.zeros_like(prefix[0])
+    channel = (prefix[rank] - before).unsqueeze(1)
+    recv_channel = prefix[:, rank].diff(prepend=prefix.new_zeros(1)).unsqueeze(1)
+    return prefix, channel, recv_channel, recv_src_idx, is_token_in_rank, send_head
+
+
+def unpack_v1(handle: Any, rank: int, num_ranks: int) -> Plan:
+    """The plan behind a V1 handle; made anew from its tensors, so that it may have passed through autograd contexts.
+
+    Raises:
+        EPArgumentError: not a handle of a dispatch over as many ranks.
+    """
+    if not isinstance(handle, tuple | list) or len(handle) != 6 or not all(torch.is_tensor(t) for t in handle):
+        raise EPArgumentError.of("handle", "the 6-tuple that dispatch returned", f"{type(handle).__name__}")
+    prefix, _, _, recv_src_idx, is_token_in_rank, send_head = handle
+    if prefix.shape != (num_ranks, num_ranks) or send_head.shape != is_token_in_rank.shape:
+        raise EPArgumentError.of(
+            "handle", f"a handle of a dispatch over {num_ranks} ranks", f"one over {tuple(prefix.shape)}"
+        )
+    prefix, send_head = prefix.contiguous(), send_head.contiguous()
+    num_tokens = send_head.shape[0]
+    targets = torch.empty((num_tokens, num_ranks), dtype=torch.int64, device="cpu")
+    digest = _C.targets_from_heads(
+        send_head=send_head.data_ptr(),
+        prefix=prefix.data_ptr(),
+        rank=rank,
+        num_ranks=num_ranks,
+        num_tokens=num_tokens,
+        targets=targets.data_ptr(),
+    )
+    num_rows = int(prefix[-1, rank])
+    return Plan(
+        layout="rank",
+        targets=targets,
+        num_rows=num_rows,
+        num_output_rows=recv_src_idx.shape[0],
+        num_recv_tokens=num_rows,
+        rank_prefix=prefix,
+        expert_counts=torch.empty(0, dtype=torch.int32, device="cpu"),
+        digest=digest,
+    )

@@ -1,0 +1,87 @@
+"""Checks of what users pass, shared by the faces. Each names the argument, what is wanted and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .errors import EPArgumentError
+
+_COMBINE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def describe(value: object) -> str:
+    """A tensor as dtype, shape and device; anything else by its type and value."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def matrix(name: str, value: Any, rows: int | None = None, columns: int | None = None) -> torch.Tensor:
+    """A CPU tensor [rows, columns] whose rows are dense; copied only if they are not."""
+    if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.device.type != "cpu":
+        raise EPArgumentError.of(name, "a tensor of two dimensions on the CPU", describe(value))
+    shape = value.shape
+    if (rows is not None and shape[0] != rows) or (columns is not None and shape[1] != columns):
+        wanted = [rows if rows is not None else "any", columns if columns is not None else "any"]
+        raise EPArgumentError.of(name, f"shape {wanted}", describe(value))
+    return value if value.stride(1) == 1 or shape[1] <= 1 and value.is_contiguous() else value.contiguous()
+
+
+def tensor(name: str, value: Any, dtype: torch.dtype, shape: tuple[int | None, ...]) -> torch.Tensor:
+    """A contiguous CPU tensor of exactly this dtype; None in ``shape`` means any length."""
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.dtype != dtype
+        or value.device.type != "cpu"
+        or value.dim() != len(shape)
+        or any(want is not None and want != have for want, have in zip(shape, value.shape, strict=True))
+    ):
+        wanted = [n if n is not None else "any" for n in shape]
+        raise EPArgumentError.of(name, f"{dtype} {wanted} on the CPU", describe(value))
+    return value.contiguous()
+
+
+def tokens(x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``x``: [T, H], or a tuple ([T, H] fp8, [T, S] scale factors)."""
+    if isinstance(x, tuple | list):
+        if len(x) != 2:
+            raise EPArgumentError.of("x", "a tensor or a pair (x, scale factors)", f"{len(x)} items")
+        rows = matrix("x[0]", x[0])
+        sf = matrix("x[1]", x[1], rows=rows.shape[0]).contiguous()
+        if sf.element_size() != 4:
+            raise EPArgumentError.of("x[1]", "scale factors of 4 bytes (float32 or int32)", describe(sf))
+        return rows, sf
+    return matrix("x", x), None
+
+
+def whole(name: str, value: Any, low: int) -> int:
+    """A whole number not below ``low``; flags may be ints and ints may be numpy's."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = low - 1
+    if number < low or number != value:
+        raise EPArgumentError.of(name, f"a whole number not below {low}", describe(value))
+    return number
+
+
+def combine_rows(x: Any, rows: int, delivered: str) -> torch.Tensor:
+    """``x`` of a combine: [rows, H] of a dtype that can be summed."""
+    y = matrix("x", x)
+    if y.shape[0] != rows:
+        raise EPArgumentError.of("x", f"{rows} rows, as {delivered} delivered", describe(y))
+    if y.dtype not in _COMBINE_DTYPES:
+        raise EPArgumentError.of("x", f"one of {[str(d) for d in _COMBINE_DTYPES]}", describe(y))
+    return y
+
+
+def biases(bias: Any, like: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, ...]:
+    """None, one tensor or a pair, each [T, H] of the rows' dtype."""
+    if bias is None:
+        return ()
+    given = tuple(bias) if isinstance(bias, tuple | list) else (bias,)
+    if not 1 <= len(given) <= 2:
+        raise EPArgumentError.of("bias", "None, a tensor or a pair of tensors", f"{len(given)} tensors")
+    return tuple(tensor("bias", b, like.dtype, (num_tokens, like.shape[1])) for b in given)

@@ -1,0 +1,111 @@
+"""The protocol's Promela model, checked exhaustively: the right one holds, every planted fault is found."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+MODEL = Path(__file__).resolve().parent.parent / "csrc" / "protocol" / "model" / "protocol.pml"
+COMPILER = shutil.which("cc") or shutil.which("gcc")
+MAX_DEPTH = 2000
+MEMORY_MIB = 4000
+TIMEOUT_S = 600
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("spin") is None, reason="spin is not installed (Debian: apt install spin)"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the verifier said: errors found, states stored, what it never reached, and its whole text."""
+
+    errors: int
+    states: int
+    unreached: frozenset[tuple[str, str]]
+    text: str
+
+
+CONFIGURATIONS = {
+    "plain": ("-DBARRIERS=1",),
+    "failed": ("-DFAILED=2", "-DBARRIERS=1"),
+    "growth": ("-DSMALL=2",),
+    "failed_and_growth": ("-DFAILED=1", "-DSMALL=1"),
+    "async": ("-DASYNC=1",),
+    "interrupt": ("-DINTERRUPT=1",),
+    "death": ("-DDEATH=1",),
+}
+
+# The plant, the configuration that brings it out, and what the verifier must say.
+PLANTS = {
+    "no_release": (("-DPLANT_NO_RELEASE",), r"assertion violated.*readers\["),
+    "no_release_async": (("-DPLANT_NO_RELEASE", "-DASYNC=1"), r"assertion violated.*readers\["),
+    "one_slot": (("-DPLANT_ONE_SLOT",), r"assertion violated.*(taken\[|slot_seq\[)"),
+    "early_offer": (("-DPLANT_EARLY_OFFER", "-DASYNC=1"), r"assertion violated.*readers\["),
+    "failed_leaves": (("-DPLANT_FAILED_LEAVES", "-DFAILED=2"), r"assertion violated.*(taken\[|slot_seq\[)"),
+    "no_last_look": (("-DPLANT_NO_LAST_LOOK", "-DINTERRUPT=1"), r"assertion violated.*spoiled"),
+    "no_quarantine": (("-DPLANT_NO_QUARANTINE", "-DINTERRUPT=1"), r"assertion violated.*writers\["),
+    "deaf_to_death": (("-DPLANT_DEAF", "-DDEATH=1"), r"invalid end state"),
+    "deaf_to_poison": (("-DPLANT_DEAF", "-DINTERRUPT=1"), r"invalid end state"),
+}
+
+
+def run_model(directory: Path, macros: tuple[str, ...]) -> Result:
+    """Generate, compile and run the verifier for one set of macros."""
+    assert COMPILER is not None, "spin needs a C compiler: neither cc nor gcc was found"
+    shutil.copy(MODEL, directory / MODEL.name)
+    commands = (
+        ("spin", "-a", *macros, MODEL.name),
+        (COMPILER, "-O2", "-w", "-DSAFETY", f"-DMEMLIM={MEMORY_MIB}", "-o", "pan", "pan.c"),
+        ("./pan", f"-m{MAX_DEPTH}", "-w23"),
+    )
+    for command in commands:
+        done = subprocess.run(
+            command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S
+        )
+        assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}"
+    text = done.stdout
+    errors = re.search(r"errors: (\d+)", text)
+    states = re.search(r"(\d+) states, stored", text)
+    assert errors and states, text
+    # A statement is also listed with the guard of its `unless`; only the statement itself counts.
+    unreached = re.findall(r"protocol\.pml:(\d+), state \d+, \"(.*)\"", text)
+    unreached_set = frozenset(item for item in unreached if "!(alive[me])" not in item[1])
+    return Result(int(errors[1]), int(states[1]), unreached_set, text)
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Results of the configurations run so far, so that the test of reach need not run them again."""
+    return {}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_protocol_holds(name: str, tmp_path: Path, checked: dict[str, Result]) -> None:
+    result = checked[name] = run_model(tmp_path, CONFIGURATIONS[name])
+    assert result.errors == 0, result.text
+    for sign in ("max search depth too small", "Search not completed", "out of memory", "aborted", "truncated"):
+        assert sign not in result.text, result.text
+    assert "Full statespace search" in result.text
+    assert re.search(r"assertion violations\s+\+", result.text)
+    assert re.search(r"invalid end states\s+\+", result.text)
+    assert result.states > 100_000, f"only {result.states} states: the model has lost its behaviour"
+
+
+def test_every_statement_is_reached(checked: dict[str, Result]) -> None:
+    """A statement that no configuration reaches proves nothing."""
+    if checked.keys() != CONFIGURATIONS.keys():
+        pytest.skip("needs the results of every configuration of test_protocol_holds")
+    never = frozenset.intersection(*(result.unreached for result in checked.values()))
+    assert not never, sorted(never)
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_planted_fault_is_found(name: str, tmp_path: Path) -> None:
+    macros, verdict = PLANTS[name]
+    result = run_model(tmp_path, macros)
+    assert result.errors > 0, f"{name} was not found:\n{result.text}"
+    assert re.search(rf"^pan:1: {verdict}", result.text, re.MULTILINE), result.text
