@@ -5,6 +5,8 @@ Part of :mod:`deep_ep_py.communicator`, which opens them.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 import threading
 import time
@@ -19,6 +21,7 @@ import torch.distributed as dist
 
 from .errors import EPPeerError, EPTimeoutError
 
+_LOOK_SECONDS = 0.25  # how often a wait looks whether a peer has left
 _EXIT_SECONDS = 5.0  # how long an operation in the background may hold up the interpreter's exit
 _SURVIVOR_SECONDS = 1.0  # after a failure: how long a rank may take to say that it is still there
 
@@ -128,6 +131,7 @@ class TorchRows:
         self._timeout = timeout
         self._store = store
         self._device = device
+        self._work: Any = None  # under way
         self._failure: Callable[[], EPPeerError | EPTimeoutError] | None = None
 
     @classmethod
@@ -164,17 +168,11 @@ class TorchRows:
         if self._device != "cpu":
             source, target = source.to(self._device), torch.empty_like(target, device=self._device)
         try:
-            work = self._group.alltoall_base(target, source, output_splits, input_splits)
-            # Work.wait() would not answer Ctrl-C; the group's own deadline ends this loop.
-            exiting = _ExitWatch()
-            for _ in pauses(float("inf"), first=2e-5, longest=1e-3):
-                if work.is_completed():
-                    break
-                if exiting():
-                    raise RuntimeError("the interpreter exits while a peer is waited for")
-            work.wait()
+            self._work = self._group.alltoall_base(target, source, output_splits, input_splits)
+            self._wait_for(self._work)
+            self._work = None
         except RuntimeError as e:
-            self._failure = self._explain(first_line(e))
+            self._failure = self._failure or self._explain(first_line(e))
             raise self._failure() from e
         if self._device != "cpu":
             as_bytes(output).copy_(target)
@@ -183,11 +181,38 @@ class TorchRows:
         group, self._group = self._group, None
         if group is None:
             return
+        under_way = self._work is not None and not self._work.is_completed()
+        if under_way and self._failure is None:
+            self._leave()
         self._failure = self._failure or partial(_peer_error, [self._rank], "closed its buffer")
-        if dist.is_initialized() and group in dist.distributed_c10d._world.pg_map:
+        if under_way:
+            # Its destructor would wait, with the GIL, for peers that may never come, and nothing can break that off.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        elif dist.is_initialized() and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
-        elif hasattr(group, "abort"):
-            group.abort()  # an operation under way would make the destructor wait for its deadline
+
+    def _wait_for(self, work: Any) -> None:
+        """Wait in slices: Work.wait() would not answer Ctrl-C. The group's own deadline ends it."""
+        exiting = _ExitWatch()
+        look = time.monotonic() + _LOOK_SECONDS
+        for _ in pauses(float("inf"), first=2e-5, longest=1e-3):
+            if work.is_completed():
+                break
+            if exiting():
+                raise RuntimeError("the interpreter exits while a peer is waited for")
+            if self._store is not None and time.monotonic() > look:
+                look += _LOOK_SECONDS
+                left = [r for r in range(self._size) if self._store.check([f"left/{r}"])]
+                if left:
+                    self._failure = partial(_peer_error, left, "left in the middle of an operation")
+                    raise RuntimeError("a peer left")
+        work.wait()
+
+    def _leave(self) -> None:
+        """Tell the peers that this rank will not finish the operation under way: the connections stay open."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"left/{self._rank}", b"1")
 
     def _explain(self, reason: str) -> Callable[[], EPPeerError | EPTimeoutError]:
         """Who is missing: survivors leave a mark in the store, and look for the marks of the others."""

@@ -174,7 +174,7 @@ def v2_grouped_contributions(y: Many, owner: Tensor, rows: Tensor) -> list[Contr
     """Expanded, each rank's slots summed and rounded first, then as compact. ``owner`` and ``rows`` [T, K]."""
     grouped = []
     for r, source in enumerate(y):
-        inner = contributions(y, torch.where(owner == r, r, -1), rows)
+        inner = contributions([source], torch.where(owner == r, 0, -1), rows)
         grouped.append(reduce_rows(inner, len(owner), source.shape[1], source.dtype))
     return v2_contributions(grouped, owner, iota(len(owner))[:, None].expand(-1, len(y)))
 

@@ -247,7 +247,8 @@ def test_strided_and_grad_inputs_and_inference_mode():
                 combine(backend, CombineSpec(got.recv_x, got.plan), background)
         y = plain.recv_x.clone().requires_grad_()
         for background in (False, True):
-            assert not combine(backend, CombineSpec(y, plain.plan), background).combined_x.requires_grad
+            spec = CombineSpec(y, plain.plan, bias=(torch.zeros(x[rank].shape, requires_grad=True),))
+            assert not combine(backend, spec, background).combined_x.requires_grad
 
     all_ranks(routing, body)
 

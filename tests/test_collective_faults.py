@@ -336,6 +336,8 @@ def interrupted(group):
                 backend.barrier()
         assert time.monotonic() - start < 10
         assert caught.value.op == "barrier"
+        assert caught.value.ranks == (0,)
+        backend.close()
         return True
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):

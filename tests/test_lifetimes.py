@@ -227,7 +227,7 @@ def async_v2(comm, backend, mode):
     expected = v2.expected_dispatch(FIRST, mode)[rank]
     y, weights = v2.combine_inputs(FIRST, mode, rank)
     wanted, wanted_weights = v2.expected_combine(FIRST, mode, 0)[rank]
-    with v2.open_buffer(comm, backend) as buffer:
+    with v2.open_buffer(comm, backend, multiple=mode.multiple) as buffer:
         for previous in ("previous_event", "previous_event_before_epilogue"):
             options = {"async_with_compute_stream": True, "allocate_on_comm_stream": True}
             result = v2.dispatch(buffer, FIRST, mode, rank, **options, **{previous: buffer.capture()})

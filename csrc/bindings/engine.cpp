@@ -85,7 +85,7 @@ void bind_dispatch(py::class_<PyEngine>& engine) {
   engine.def(
       "dispatch_begin",
       [](PyEngine& self, int layout, bool cached, int64_t num_tokens, int num_slots, int num_topk, uintptr_t topk_idx,
-         uintptr_t topk_weights, uintptr_t is_token_in_rank, uintptr_t num_tokens_per_rank,
+         uintptr_t topk_weights, bool has_topk, bool has_weights, uintptr_t is_token_in_rank, uintptr_t num_tokens_per_rank,
          uintptr_t num_tokens_per_expert, int num_experts, int num_local, uintptr_t expert_rank, uintptr_t expert_local,
          uintptr_t targets, uintptr_t rank_prefix, uintptr_t expert_counts, uint64_t digest, int64_t num_rows,
          uintptr_t x, int64_t x_stride_bytes, int64_t row_bytes, int64_t hidden, int dtype, uintptr_t sf,
@@ -99,6 +99,8 @@ void bind_dispatch(py::class_<PyEngine>& engine) {
         p.num_topk = num_topk;
         p.topk_idx = pointer<int64_t>(topk_idx);
         p.topk_weights = pointer<float>(topk_weights);
+        p.has_topk = has_topk;
+        p.has_weights = has_weights;
         p.is_token_in_rank = pointer<uint8_t>(is_token_in_rank);
         p.num_tokens_per_rank = pointer<int32_t>(num_tokens_per_rank);
         p.num_tokens_per_expert = pointer<int32_t>(num_tokens_per_expert);
@@ -130,7 +132,7 @@ void bind_dispatch(py::class_<PyEngine>& engine) {
         return PyFlight{engine_ref.dispatch_begin(p, after, signal_raised)};
       },
       py::kw_only(), py::arg("layout"), py::arg("cached"), py::arg("num_tokens"), py::arg("num_slots"),
-      py::arg("num_topk"), py::arg("topk_idx"), py::arg("topk_weights"), py::arg("is_token_in_rank"),
+      py::arg("num_topk"), py::arg("topk_idx"), py::arg("topk_weights"), py::arg("has_topk"), py::arg("has_weights"), py::arg("is_token_in_rank"),
       py::arg("num_tokens_per_rank"), py::arg("num_tokens_per_expert"), py::arg("num_experts"), py::arg("num_local"),
       py::arg("expert_rank"), py::arg("expert_local"), py::arg("targets"), py::arg("rank_prefix"),
       py::arg("expert_counts"), py::arg("digest"), py::arg("num_rows"), py::arg("x"), py::arg("x_stride_bytes"),

@@ -115,7 +115,7 @@ void Engine::combine_now(const CombineParams& p, Step& step) {
   try {
     rows = publish_rows(p, &copy);
     const size_t weight_bytes = static_cast<size_t>(p.y_rows) * p.num_weights * 4;
-    if (p.weights && weight_bytes) {
+    if (weight_bytes) {
       weights = heap_->allocate(weight_bytes);
       std::memcpy(weights->data, p.weights, weight_bytes);
     }
@@ -132,7 +132,7 @@ void Engine::combine_now(const CombineParams& p, Step& step) {
   enter(step, "publish");
   Record& record = next_record(step);
   const int64_t fields[] = {static_cast<int64_t>(p.layout), p.hidden, static_cast<int64_t>(p.dtype),
-                            static_cast<int64_t>(p.digest), p.weights ? p.num_weights : 0, p.reduce_per_rank};
+                            static_cast<int64_t>(p.digest), p.num_weights, p.reduce_per_rank};
   std::copy(std::begin(fields), std::end(fields), record.fields);
   record.blocks[kRows] = rows;
   if (weights) record.blocks[kWeightRows] = weights->ref();

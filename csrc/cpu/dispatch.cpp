@@ -14,7 +14,7 @@ constexpr int64_t kStreamBytes = int64_t{8} << 20;
 constexpr int64_t kTokensPerChunk = 32;
 
 enum Field { kLayout, kHidden, kDtype, kSf, kTopk, kExperts, kHasTopk, kHasWeights, kAlignment, kWorst, kMaxTokens,
-             kHandle, kNumCompared, kNumTokens = kNumCompared };
+             kHandle, kNumCompared, kNumTokens = kNumCompared, kWorstRows, kNumFields };
 
 enum Offer { kX, kScaleFactors, kScratch };
 
@@ -72,10 +72,10 @@ void Engine::make_offers(DispatchFlight& flight, Record& record, const Counts& c
   flight.staged = heap_->over_limit(static_cast<uint64_t>(output_rows) * (p.row_bytes + p.sf_bytes));
   const bool fixed = (p.cached || p.num_worst_tokens > 0) && !flight.staged;
   const int64_t offered = fixed ? output_rows : rows;
-  const bool weights = p.topk_weights != nullptr;
+  const bool weights = p.has_weights;
   const auto small = p.cached ? static_cast<uint64_t>(weights ? rows * (p.layout == Layout::expand ? 1 : p.num_topk) * 4
                                                               : 0)
-                              : scratch_layout(p.layout, rows, rows, p.num_topk, p.topk_idx, weights).bytes;
+                              : scratch_layout(p.layout, rows, rows, p.num_topk, p.has_topk, weights).bytes;
   if (p.sf_bytes) flight.sf = heap_->allocate(static_cast<uint64_t>(offered * p.sf_bytes), !fixed || p.cached);
   if (small) flight.scratch = heap_->allocate(small);
   const auto x_bytes = static_cast<uint64_t>(offered * p.row_bytes);
@@ -96,13 +96,13 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
 
   enter(step, "publish");
   Record& record = next_record(step);
-  const int64_t fields[kNumCompared + 1] = {static_cast<int64_t>(p.layout), p.hidden, p.dtype, p.sf_bytes, p.num_topk,
-                                            p.placement.num_experts, p.topk_idx != nullptr, p.topk_weights != nullptr,
-                                            p.expert_alignment, p.num_worst_tokens, p.num_max_tokens_per_rank,
-                                            static_cast<int64_t>(p.digest), p.num_tokens};
+  const int64_t fields[kNumFields] = {static_cast<int64_t>(p.layout), p.hidden, p.dtype, p.sf_bytes, p.num_topk,
+                                            p.placement.num_experts, p.has_topk, p.has_weights,
+                                            p.expert_alignment, p.num_worst_tokens > 0 && !p.cached,
+                                            p.num_max_tokens_per_rank, static_cast<int64_t>(p.digest), p.num_tokens,
+                                            p.num_worst_tokens};
   std::copy(std::begin(fields), std::end(fields), record.fields);
   try {
-    make_offers(flight, record, counts);
     if (!p.cached) {
       BlockPtr& block = counts_[step.where.seq % 2];
       const size_t ranks_bytes = counts.per_rank.size() * 4, experts_bytes = counts.per_expert.size() * 4;
@@ -111,6 +111,7 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
       std::memcpy(block->data + ranks_bytes, counts.per_expert.data(), experts_bytes);
       record.counts = block->ref();
     }
+    make_offers(flight, record, counts);
   } catch (const Error& error) {  // no memory for an offer: peers learn it at their rendezvous, nothing has moved
     publish_failed(step, record, error.message);
     Error agreed(error);
@@ -150,14 +151,17 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
     // V1's handle has no place for a number, so its fingerprint is that of the prefix matrix it carries.
     flight.digest = hash_bytes(p.rank_prefix, static_cast<size_t>(num_ranks) * num_ranks * 4,
                                p.layout == Layout::rank ? 0 : options_.epoch + step.where.seq);
-    if (p.num_worst_tokens > 0)
-      for (int r = 0; r < num_ranks; ++r) {
-        const int64_t rows = expand ? flight.expanded.rows[r] : flight.matrix.tokens_to(r);
-        if (rows > p.num_worst_tokens)
-          throw argument_error("num_worst_tokens", "num_worst_tokens: expected at least " + std::to_string(rows) +
-                                                       " (what rank " + std::to_string(r) + " receives), got " +
-                                                       std::to_string(p.num_worst_tokens));
-      }
+    for (int r = 0; r < num_ranks; ++r) {
+      const int64_t rows = expand ? flight.expanded.rows[r] : flight.matrix.tokens_to(r);
+      const int64_t worst = records[r].fields[kWorstRows];
+      if (worst > 0 && rows > worst)
+        throw argument_error(
+            "num_worst_tokens",
+            "num_worst_tokens: rank " + std::to_string(r) + " receives " + std::to_string(rows) + " rows, its outputs have " +
+                std::to_string(worst) +
+                (expand ? ": the worst case without host sync holds while no token names an expert twice; set do_cpu_sync"
+                        : ": raise it, or leave it out to get exact sizes"));
+    }
     second_records(flight, step, records);
     finish_targets(p.layout, flight.matrix, expand ? &flight.expanded : nullptr, p.topk_idx, me, p.num_tokens,
                    p.num_slots, p.targets);
@@ -187,8 +191,8 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
     if (records[r].blocks[kScratch].bytes) d.scratch = peers_.address(r, records[r].blocks[kScratch]);
     if (p.cached) continue;
     d.layout = scratch_layout(p.layout, flight.matrix.tokens_to(r),
-                              p.layout == Layout::expand ? flight.expanded.rows[r] : 0, p.num_topk, p.topk_idx,
-                              p.topk_weights);
+                              p.layout == Layout::expand ? flight.expanded.rows[r] : 0, p.num_topk, p.has_topk,
+                              p.has_weights);
     for (int s = 0; s < options_.rank; ++s) d.first_token += flight.matrix.rank[static_cast<size_t>(s) * num_ranks + r];
   }
 }
@@ -204,7 +208,7 @@ void Engine::second_records(DispatchFlight& flight, Step& step, std::vector<Reco
     const int64_t rows = expand ? flight.expanded.rows[r] : tokens;
     bytes[kX] = static_cast<uint64_t>(rows * p.row_bytes);
     bytes[kScaleFactors] = static_cast<uint64_t>(rows * p.sf_bytes);
-    bytes[kScratch] = scratch_layout(p.layout, tokens, rows, p.num_topk, p.topk_idx, p.topk_weights).bytes;
+    bytes[kScratch] = scratch_layout(p.layout, tokens, rows, p.num_topk, p.has_topk, p.has_weights).bytes;
     for (int b = 0; b < kMaxBlocks; ++b)
       if (records[r].blocks[b].bytes < bytes[b]) return true;
     return false;
@@ -293,7 +297,7 @@ void Engine::place(DispatchFlight& flight) {
     // Compact layouts: the small arrays of one row.
     if (!p.cached) {
       reinterpret_cast<int32_t*>(d.scratch + d.layout.src)[row] = static_cast<int32_t>(t);
-      if (p.topk_idx) {
+      if (p.has_topk) {
         auto* ids = reinterpret_cast<int64_t*>(d.scratch + d.layout.topk) + row * p.num_topk;
         for (int j = 0; j < p.num_topk; ++j) {
           const int64_t e = p.topk_idx[t * p.num_topk + j];
@@ -302,7 +306,7 @@ void Engine::place(DispatchFlight& flight) {
         }
       }
     }
-    if (p.topk_weights) {
+    if (p.has_weights) {
       auto* weights = reinterpret_cast<float*>(d.scratch + d.layout.weights) + row * p.num_topk;
       std::memcpy(weights, p.topk_weights + t * p.num_topk, static_cast<size_t>(p.num_topk) * 4);
       if (p.mask_weights)
@@ -328,7 +332,7 @@ void Engine::place(DispatchFlight& flight) {
         ++n;
         if (!expand)
           small(t, d, r, row);
-        else if (p.topk_weights)
+        else if (p.has_weights)
           reinterpret_cast<float*>(d.scratch + d.layout.weights)[row] = p.topk_weights[t * p.num_topk + k];
       }
       if (n == 0) continue;

@@ -13,7 +13,7 @@ namespace {
 const std::vector<const char*>& field_names(Op op) {
   static const std::vector<const char*> dispatch = {
       "layout",    "hidden",      "dtype",           "scale factor bytes", "num_topk",        "num_experts",
-      "topk_idx given", "topk_weights given", "expert_alignment", "num_worst_tokens",   "num_max_tokens_per_rank", "handle"};
+      "topk_idx given", "topk_weights given", "expert_alignment", "fixed output size", "num_max_tokens_per_rank", "handle"};
   static const std::vector<const char*> combine = {"layout", "hidden",       "dtype",
                                                    "handle", "topk_weights columns", "allow_multiple_reduction"};
   static const std::vector<const char*> none;
@@ -30,7 +30,8 @@ const std::vector<const char*>& field_names(Op op) {
 
 Engine::Engine(const EngineOptions& options)
     : options_(options),
-      peers_({options.epoch, options.rank, options.num_ranks, options.timeout_seconds, options.spin_microseconds}),
+      peers_({options.epoch, options.rank, options.num_ranks, options.timeout_seconds, options.spin_microseconds,
+              options.share_mappings}),
       heap_(std::make_shared<Heap>(
           HeapOptions{options.epoch, options.rank, options.num_ranks, options.max_heap_bytes})),
       threads_(options.num_threads) {

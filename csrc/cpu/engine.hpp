@@ -24,6 +24,7 @@ struct EngineOptions {
   uint64_t max_heap_bytes = 0;
   uint64_t heap_bytes = 0;  // prefaulted at construction
   int num_threads = 1;
+  std::shared_ptr<SharedMappings> share_mappings;  // tests only; see peers.hpp
 };
 
 struct EngineStatistics {

@@ -115,7 +115,7 @@ BlockPtr Heap::allocate_extent(uint64_t bytes) {
       const bool fits = it->second >= bytes, best_fits = best->second >= bytes;
       if (fits ? (!best_fits || it->second < best->second) : (!best_fits && it->second > best->second)) best = it;
     }
-    if (best != free_.end()) return take(best, best->second);
+    if (best != free_.end()) return take(best, std::min(best->second, 2 * bytes));
   }
   return allocate(bytes);
 }

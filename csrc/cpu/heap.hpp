@@ -59,8 +59,8 @@ class Heap : public std::enable_shared_from_this<Heap> {
   // A block of at least `bytes`; grows by a segment where no free extent holds it. `prefault`: touch new memory now
   // (false for worst-case outputs, whose unused tail shall stay reserved). Throws Error when the system has no more.
   BlockPtr allocate(uint64_t bytes, bool prefault = true);
-  // The free extent that fits `bytes` best, whole; the largest one if none does; grows only if there is none at all.
-  // For offers, which are made before the count is known: `trim` gives the tail back.
+  // From the free extent that fits `bytes` best, up to twice as much; from the largest one if none does; grows only if
+  // there is none at all. For offers, which are made before the count is known: `trim` gives the tail back.
   BlockPtr allocate_extent(uint64_t bytes);
   void trim(Block& block, uint64_t bytes);
   void add_segment(uint64_t bytes, uint64_t prefault_bytes);

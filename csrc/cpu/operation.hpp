@@ -25,8 +25,10 @@ struct DispatchParams {
   int num_slots = 0;  // columns of targets: slots, or ranks for Layout::rank
   int num_topk = 0;   // columns of topk_idx and topk_weights
   // Routing: topk_idx drives topk and expand; is_token_in_rank drives rank, with topk_idx beside it or null.
+  // `has_*`: whether the caller gave them; of no tokens a given one has no address either.
   const int64_t* topk_idx = nullptr;
   const float* topk_weights = nullptr;
+  bool has_topk = false, has_weights = false;
   const uint8_t* is_token_in_rank = nullptr;
   const int32_t* num_tokens_per_rank = nullptr;    // rank: what the caller claims; checked
   const int32_t* num_tokens_per_expert = nullptr;  // rank: as the caller counted
@@ -107,7 +109,7 @@ struct CombineParams {
   int64_t hidden = 0;
   RowType dtype = RowType::bf16;
   const float* weights = nullptr;  // [y_rows, num_weights], contiguous; num_weights 1 for expand
-  int num_weights = 0;
+  int num_weights = 0;  // 0: none were given
   const void* bias[2] = {nullptr, nullptr};
   int num_bias = 0;
   bool reduce_per_rank = false;

@@ -34,6 +34,18 @@ void copy_text(char* to, size_t size, const std::string& text) {
 
 }  // namespace
 
+void SharedMappings::add(const Segment& segment) {
+  const SegmentHeader& header = segment.header();
+  std::lock_guard<std::mutex> lock(mutex_);
+  segments_[{header.rank, {header.kind, header.id}}] = segment.weak_from_this();
+}
+
+std::shared_ptr<const Segment> SharedMappings::find(int rank, SegmentKind kind, uint64_t id) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = segments_.find({rank, {kind, id}});
+  return found == segments_.end() ? nullptr : found->second.lock();
+}
+
 Peers::Peers(const PeersOptions& options)
     : options_(options),
       own_segment_(Segment::create(control_header(options, options.rank), control_bytes(options.num_ranks))),
@@ -42,7 +54,9 @@ Peers::Peers(const PeersOptions& options)
       controls_(options.num_ranks, nullptr),
       pids_(options.num_ranks, 0),
       pidfds_(options.num_ranks, -1),
-      heaps_(options.num_ranks) {}
+      heaps_(options.num_ranks) {
+  if (options.share_mappings) options.share_mappings->add(*own_segment_);
+}
 
 Peers::~Peers() {
   for (int fd : pidfds_)
@@ -65,14 +79,22 @@ void Peers::connect(const std::vector<SegmentAddress>& addresses) {
           throw Error(ErrorKind::general, "pidfd_open of rank " + std::to_string(r) + " (process " +
                                               std::to_string(addresses[r].pid) + "): " + std::strerror(errno));
       }
-      control_segments_[r] =
-          Segment::attach(addresses[r], control_header(options_, r), control_bytes(options_.num_ranks));
+      control_segments_[r] = attach(addresses[r], control_header(options_, r), control_bytes(options_.num_ranks));
     }
     controls_[r] = reinterpret_cast<Control*>(control_segments_[r]->base());
   }
 }
 
+std::shared_ptr<const Segment> Peers::attach(const SegmentAddress& address, const SegmentHeader& expected,
+                                             uint64_t prefault_bytes) const {
+  if (!options_.share_mappings) return Segment::attach(address, expected, prefault_bytes);
+  auto segment = options_.share_mappings->find(expected.rank, expected.kind, expected.id);
+  if (!segment) throw Error(ErrorKind::general, "no shared mapping of rank " + std::to_string(expected.rank));
+  return segment;
+}
+
 void Peers::announce(const Segment& segment, uint64_t prefault_bytes) {
+  if (options_.share_mappings) options_.share_mappings->add(segment);
   const uint32_t id = own_control_->num_segments.load(std::memory_order_relaxed);
   own_control_->segments[id] = {segment.fd(), 0, segment.bytes(), prefault_bytes};
   own_segments_[id] = segment.base();
@@ -93,7 +115,7 @@ char* Peers::address(int r, const BlockRef& ref) {
     header.kind = SegmentKind::data;
     header.id = ref.segment;
     header.bytes = entry.bytes;
-    segment = Segment::attach({pids_[r], entry.fd, entry.bytes}, header, entry.prefault_bytes);
+    segment = attach({pids_[r], entry.fd, entry.bytes}, header, entry.prefault_bytes);
   }
   if (ref.offset + ref.bytes > segment->bytes())
     throw Error(ErrorKind::general, "rank " + std::to_string(r) + " names a block that lies outside its segment");

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/segment.hpp"
@@ -12,12 +15,26 @@
 
 namespace deep_ep {
 
+// For tests with ranks that are threads: peers then use the owner's own mapping instead of a second one of the same
+// memory, so that tools which follow addresses (the thread sanitizer) see both sides of a conflict.
+class SharedMappings {
+ public:
+  void add(const Segment& segment);
+  // Null: this rank's segment is not here, or gone.
+  std::shared_ptr<const Segment> find(int rank, SegmentKind kind, uint64_t id) const;
+
+ private:
+  mutable std::mutex mutex_;
+  std::map<std::pair<int, std::pair<SegmentKind, uint64_t>>, std::weak_ptr<const Segment>> segments_;
+};
+
 struct PeersOptions {
   uint64_t epoch = 0;
   int rank = 0;
   int num_ranks = 1;
   double timeout_seconds = 300;
   double spin_microseconds = 0;
+  std::shared_ptr<SharedMappings> share_mappings;  // tests only; null: map what peers own
 };
 
 // Which step of which operation waits: what an error will say.
@@ -69,6 +86,8 @@ class Peers {
   void cancel(const std::string& why);  // own waits end with an error; used by destroy
 
  private:
+  std::shared_ptr<const Segment> attach(const SegmentAddress& address, const SegmentHeader& expected,
+                                        uint64_t prefault_bytes) const;
   void check_peers(const std::vector<int>& missing, std::atomic<uint64_t> Inbox::*word, uint64_t seq,
                    const Where& where);
   void ring(Control& control);
@@ -77,11 +96,11 @@ class Peers {
   const PeersOptions options_;
   std::shared_ptr<Segment> own_segment_;
   Control* own_control_ = nullptr;
-  std::vector<std::shared_ptr<Segment>> control_segments_;
+  std::vector<std::shared_ptr<const Segment>> control_segments_;
   std::vector<Control*> controls_;
   std::vector<int> pids_;
   std::vector<int> pidfds_;  // -1: a thread of this process
-  std::vector<std::vector<std::shared_ptr<Segment>>> heaps_;  // by rank, by segment id; own entry unused
+  std::vector<std::vector<std::shared_ptr<const Segment>>> heaps_;  // by rank, by segment id; own entry unused
   char* own_segments_[kMaxSegments] = {};  // fixed: read by the worker while another thread grows the heap
   std::atomic<bool> cancelled_{false};
   std::string cancel_reason_;

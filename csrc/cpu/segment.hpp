@@ -21,7 +21,7 @@ struct SegmentAddress {
   uint64_t bytes = 0;
 };
 
-class Segment {
+class Segment : public std::enable_shared_from_this<Segment> {
  public:
   // Creates and maps a new segment; `header.bytes` says how large. Throws Error with the size and errno.
   static std::shared_ptr<Segment> create(const SegmentHeader& header, size_t prefault_bytes);

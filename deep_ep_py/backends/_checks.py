@@ -36,10 +36,7 @@ def dispatch_agrees_on(spec: DispatchSpec) -> dict[str, int | str]:
 
 
 def combine_agrees_on(spec: CombineSpec) -> dict[str, int | str]:
-    if spec.weights is None:
-        columns = 0
-    else:
-        columns = spec.weights.shape[1] if spec.weights.dim() == 2 else 1
+    columns = 0 if spec.weights is None else spec.weights.shape[1:].numel()  # the shape of one weight has one element
     return {
         "layout": spec.plan.layout,
         "hidden": spec.y.shape[1],

@@ -16,6 +16,7 @@ import torch
 from .._rows import RowChannel
 from ..communicator import Communicator
 from ..errors import EPArgumentError, EPError, EPMismatchError, EPPeerError, EPTimeoutError
+from ..event import CompletionEvent
 from ..layout import target_rows
 from ..settings import Settings
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
@@ -25,7 +26,7 @@ from ._recipe import combine_rows, combine_weights, positions
 from ._record import Record, all_gather, judge, meet
 from ._routing import build_plan, own_counts, tokens_in_ranks
 from ._worker import Completion, Worker
-from .base import CompletionEvent, Flight, Statistics
+from .base import Flight, Statistics
 
 __all__ = ["CollectiveBackend"]
 

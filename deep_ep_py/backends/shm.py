@@ -138,6 +138,8 @@ class ShmBackend:
             num_topk=num_topk,
             topk_idx=_address(topk_idx),
             topk_weights=_address(weights),
+            has_topk=topk_idx is not None,
+            has_weights=weights is not None,
             is_token_in_rank=_address(spec.is_token_in_rank),
             num_tokens_per_rank=_address(spec.num_tokens_per_rank),
             num_tokens_per_expert=_address(spec.num_tokens_per_expert),

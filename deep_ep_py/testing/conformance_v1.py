@@ -54,7 +54,7 @@ def expected_dispatch(case: Case, with_topk: bool = True, num_worst_tokens: int 
     )
 
 
-@computed_once(maxsize=2)
+@computed_once(maxsize=6)
 def expected_combine(case: Case, num_bias: int, salt: int = 0) -> list[tuple[Tensor, Tensor | None]]:
     """What the oracle combines from :func:`rows_of` and :func:`weights_of` of every rank."""
     received = expected_dispatch(case)
@@ -175,8 +175,8 @@ def check_round_trip(group: Any, case: Case, backend: str, num_biases: tuple[int
             check_combine(buffer, case, rank, handle, num_bias)
         cached = buffer.dispatch(payload(case, rank), handle=handle)
         check_recv_x(cached[0], expected)
-        assert cached[1:4] == (None, None, None)
-        check_combine(buffer, case, rank, cached[4], num_biases[0], salt=1)
+        assert cached[1:5] == (None, None, None, None)
+        check_combine(buffer, case, rank, handle, num_biases[0], salt=1)
 
 
 def check_batch(group: Any, cases: tuple[Case, ...], backend: str) -> int:

@@ -48,6 +48,13 @@ MODES = (
 )
 
 
+def fits(case: Case, mode: Mode) -> bool:
+    """Whether the documented worst case holds every row: it counts min(K, E_local) slots per token and rank, and a
+    token that repeats experts can have more."""
+    few = case.routing != "duplicates" or case.num_topk <= case.num_experts // case.num_ranks
+    return few or mode.sync or not mode.expand
+
+
 @contextmanager
 def open_buffer(group: Any, backend: str, *, multiple: bool = True, **options: Any) -> Iterator[Any]:
     """An ElasticBuffer, destroyed at the end."""
@@ -90,7 +97,7 @@ def combine_inputs(case: Case, mode: Mode, rank: int, salt: int = 0) -> tuple[Te
     return y, weights
 
 
-@computed_once(maxsize=2)
+@computed_once(maxsize=6)
 def expected_combine(case: Case, mode: Mode, num_bias: int, salt: int = 0) -> list[tuple[Tensor, Tensor | None]]:
     """What the oracle combines from :func:`combine_inputs` of every rank."""
     inputs = make_inputs(case)

@@ -13,288 +13,29 @@
  * These two, and the variables marked "ghost", exist only in the model.
  */
 
-#ifndef BLOCKS
-#define BLOCKS 2          /* blocks of each rank's heap */
-#endif
-#ifndef BARRIERS
-#define BARRIERS 0        /* 1: barriers among the operations (a rendezvous and nothing else) */
-#endif
-#ifndef FAILED
-#define FAILED 0          /* how many records (over all ranks and operations) may say "failed" */
-#endif
-#ifndef SMALL
-#define SMALL 0           /* how many offers may turn out too small */
-#endif
-#ifndef ASYNC
-#define ASYNC 0           /* 1: a call may return before its rows have moved */
-#endif
-#ifndef DEATH
-#define DEATH 0           /* 1: rank 0 may die at any step (any rank, by rotation symmetry) */
-#endif
-#ifndef INTERRUPT
-#define INTERRUPT 0       /* 1: rank 0 may give up at one of its waits (Ctrl-C, deadline) */
-#endif
-
-#if defined(PLANT_NO_RELEASE) || defined(PLANT_EARLY_OFFER)
-#define PROMISE(b) skip   /* let the plant run on, until a write meets a reader */
-#else
-#define PROMISE(b) assert(readers[b] == 0 && writers[b] == 0)
-#endif
-
-#if DEATH || INTERRUPT
-#define STEP_WHERE_FAULTS } atomic {
-#else
-#define STEP_WHERE_FAULTS
-#endif
-
-#define RANKS 3
-#define OPS 3
-#define NONE 7
-#define EVERYONE 7        /* one bit per rank */
-
-#define NOTHING 0         /* operations; NOTHING: the mover is idle */
-#define DISPATCH 1
-#define COMBINE 2
-#define BARRIER 3
-
-#define FREE 0            /* states of a block */
-#define OFFERED 1         /* in a record; peers place rows in it */
-#define TENSOR 2          /* the user's */
-#define IN_PLACE 3        /* the user's, and the y of a combine in flight */
-#define COPY 4            /* holds a copy of y until all readers released it */
-#define QUARANTINED 5     /* never used again */
-
-#define MOVED 1           /* outcomes of an operation */
-#define REFUSED 2
-
-#define BIT(r) (1 << (r))
-#define PAIR(a, b) ((a) * RANKS + (b))
-#define BLOCK(r, i) ((r) * BLOCKS + (i))
-#define NEXT(k) ((me + (k)) % RANKS)   /* peers in rotated order: the model is symmetric under rotation of ranks */
-#ifdef PLANT_ONE_SLOT
-#define SLOT(r, n) ((r) * 2)
-#else
-#define SLOT(r, n) ((r) * 2 + (n) % 2)
-#endif
-
-#define ALL(word, n) (word[0] >= (n) && word[1] >= (n) && word[2] >= (n))
-#define FROM_ALL(word, n) (word[PAIR(0, me)] >= (n) && word[PAIR(1, me)] >= (n) && word[PAIR(2, me)] >= (n))
-#define SECOND_FROM(r, n) (!(small & BIT(r)) || second_seq[r] >= (n))
-
-/* What ends a wait other than its condition. `gives_up` is the fault itself, the rest is its echo. */
-#define ANY_POISON (poisoned[0] || poisoned[1] || poisoned[2])
-#define ANY_DEAD (!alive[0] || !alive[1] || !alive[2])
-#ifdef PLANT_DEAF
-#define TROUBLE (me == 0 && gives_up)
-#else
-#define TROUBLE (ANY_POISON || ANY_DEAD || (me == 0 && gives_up))
-#endif
-
-/* A wait may look at its condition first or at its peers first: both are tried. */
-#define WAIT(condition) if :: condition :: TROUBLE -> goto raise fi
-
-/* A combine needs the handle of a dispatch that took place. */
-#define CAN_COMBINE (n > 1 && (ops[1] == DISPATCH && outcome[1] == MOVED || ops[2] == DISPATCH && outcome[2] == MOVED))
-
-/* Shared memory: words and records that peers map. */
-byte record_seq[RANKS];              /* last record published */
-byte second_seq[RANKS];              /* last second record published */
-byte arrive[9];                      /* PAIR(source, destination) */
-byte released[9];                    /* PAIR(reader, owner) */
-bit poisoned[RANKS];
-byte slot_seq[6];                    /* ghost: whose content the slot holds */
-byte slot_block[6];                  /* the offer, or where y lies */
-bit slot_failed[6];
-bit slot_small[6];
-byte taken[6];                       /* ghost: copies made; content that nobody will copy again is cleared */
-byte second_of[RANKS];               /* ghost: likewise for the one place of the second record */
-byte second_block[RANKS];            /* NONE: cannot grow */
-
-/* What the operating system tells (pidfd). */
-bit alive[RANKS];
-
-/* Private memory of a rank. */
-byte state[6];                       /* sized for BLOCKS == 2 */
-byte held[6];                        /* COPY: sequence number that all readers must release */
-byte job[RANKS];                     /* handed from Rank to Mover */
-byte job_seq[RANKS];
-byte job_block[9];                   /* PAIR(me, peer): its block in this operation */
-bit job_in_place[RANKS];
-
-/* Ghosts and choices. */
-byte readers[6];
-byte writers[6];
-byte outcome[OPS + 1];               /* every rank must come to the same one */
-byte ops[OPS + 1];
-bit drop_all[OPS + 1];               /* where faults are checked, all ranks drop their tensors before the same calls */
-byte may_fail = FAILED;
-byte may_be_small = SMALL;
-bit gives_up = INTERRUPT;
-bit faulty = 0;                      /* somebody really died or gave up */
-
-hidden byte i;                       /* scratch, set before use within one d_step */
-hidden byte b;
-
-/* A free block, or NONE. A copy of y is free once all have released it: looked at only here. */
-inline pick(found, except) {
-    found = NONE;
-    for (i : 0 .. BLOCKS - 1) {
-        b = BLOCK(me, i);
-        if
-#ifdef PLANT_NO_RELEASE
-        :: state[b] == COPY -> state[b] = FREE; held[b] = 0
-#else
-        :: state[b] == COPY && FROM_ALL(released, held[b]) -> state[b] = FREE; held[b] = 0
-#endif
-        :: else
-        fi;
-        if
-        :: found == NONE && i != except && state[b] == FREE -> found = i
-#ifdef PLANT_EARLY_OFFER
-        :: found == NONE && i != except && state[b] == COPY && op == DISPATCH -> found = i; held[b] = 0
-#endif
-        :: else
-        fi
-    }
-}
-
-inline offer(which) {
-    if
-    :: which != NONE ->
-        b = BLOCK(me, which);
-        PROMISE(b);
-        state[b] = OFFERED;
-        writers[b] = EVERYONE
-    :: else
-    fi
-}
-
-/* Before the call the user drops tensors (`drops`, a mask) and may write those that remain. */
-inline user_turn() {
-    for (i : 0 .. BLOCKS - 1) {
-        b = BLOCK(me, i);
-        if
-        :: state[b] == TENSOR ->
-            assert(readers[b] == 0 && writers[b] == 0);
-            if
-            :: drops & BIT(i) -> state[b] = FREE
-            :: else
-            fi
-        :: else
-        fi
-    }
-}
-
-/* The operation's own block: an offer, or where y lies. Failing to get one is a bad input like any other. */
-inline prepare() {
-    if
-    :: failed -> mine = NONE
-    :: !failed && op == DISPATCH ->
-        pick(mine, NONE);
-        if
-        :: mine == NONE -> is_small = 1
-        :: else
-        fi;
-        offer(mine)
-    :: !failed && op == COMBINE ->
-        mine = NONE;
-        if
-        :: in_place ->
-            for (i : 0 .. BLOCKS - 1) {
-                if
-                :: mine == NONE && state[BLOCK(me, i)] == TENSOR -> mine = i
-                :: else
-                fi
-            }
-        :: else
-        fi;
-        if
-        :: mine != NONE -> state[BLOCK(me, mine)] = IN_PLACE
-        :: else ->
-            in_place = 0;
-            pick(mine, NONE);
-            if
-            :: mine == NONE -> failed = 1
-            :: else ->
-                assert(readers[BLOCK(me, mine)] == 0 && writers[BLOCK(me, mine)] == 0);   /* y is written here now */
-                state[BLOCK(me, mine)] = COPY;
-                held[BLOCK(me, mine)] = n
-            fi
-        fi;
-        if
-        :: mine != NONE -> readers[BLOCK(me, mine)] = EVERYONE
-        :: else
-        fi
-    :: else -> mine = NONE
-    fi
-}
-
-/* Nothing moves: the block goes back, and permissions with it (a peer that used one all the same is caught). */
-inline take_back() {
-    if
-    :: mine != NONE ->
-        b = BLOCK(me, mine);
-        writers[b] = 0;
-        readers[b] = 0;
-        held[b] = 0;
-        state[b] = (state[b] == IN_PLACE -> TENSOR : FREE)
-    :: else
-    fi
-}
-
-inline agree(what) {
-    assert(outcome[n] == 0 || outcome[n] == what);
-    outcome[n] = what
-}
-
-/* After publishing there is no way back: tell the peers, and never use again what they may still write to. */
-inline poison() {
-    assert(faulty || gives_up || ANY_DEAD);
-    if
-    :: me == 0 && gives_up -> gives_up = 0; faulty = 1
-    :: else
-    fi;
-    poisoned[me] = 1;
-    for (i : 0 .. BLOCKS - 1) {
-        b = BLOCK(me, i);
-        if
-#ifdef PLANT_NO_QUARANTINE
-        :: state[b] == OFFERED -> state[b] = TENSOR
-#else
-        :: state[b] == OFFERED -> state[b] = QUARANTINED
-#endif
-        :: else
-        fi
-    }
-}
-
-inline job_over() {
-    for (i : 0 .. RANKS - 1) { job_block[PAIR(me, i)] = 0 }
-    job_seq[me] = 0;
-    job_in_place[me] = 0;
-    job[me] = NOTHING
-}
-
-inline call_over() {
-    for (i : 0 .. RANKS - 1) { block[i] = 0 }
-    n++;
-    mine = NONE; failed = 0; is_small = 0; in_place = 0; small = 0; op = NOTHING
-}
+#include "state.pml"
 
 proctype Rank(byte me) {
     byte n, op, mine = NONE, drops, small, block[RANKS];
-    bit failed, is_small, in_place;
+    bit failed, is_small, in_place, behind;
 
     {
     n = 1;
 next:
     /* End of the last call; the choices of user and input; then pick, write the slot, publish. */
     atomic {
+        WAIT(ASYNC || MOVER_IDLE, 0);
+#ifndef PLANT_NO_CATCH_UP
         if
-        :: job[me] == NOTHING && !poisoned[me]
-        :: ASYNC
-        :: TROUBLE -> goto raise
+        :: behind && n <= OPS ->
+            WAIT(ALL(record_seq, n - 1), record_seq[0] < n - 1);
+            d_step {
+                for (i : 0 .. RANKS - 1) { take(SLOT(i, n - 1)) }
+                behind = 0
+            }
+        :: else
         fi;
+#endif
         if
         :: n > OPS -> goto finish
         :: else
@@ -337,7 +78,7 @@ next:
             user_turn();
             drops = 0;
             prepare();
-            assert(taken[SLOT(me, n)] == 0);
+            NOT_WANTED(SLOT(me, n));
             slot_seq[SLOT(me, n)] = n;
             slot_block[SLOT(me, n)] = mine;
             slot_failed[SLOT(me, n)] = failed;
@@ -346,27 +87,20 @@ next:
         }
     }
 
-#ifdef PLANT_FAILED_LEAVES
+    /* Whoever refuses its own input leaves at once, and catches up before it writes a slot again. */
     if
-    :: failed -> goto refused
+    :: failed -> behind = 1; goto refused
     :: else
     fi;
-#endif
     atomic {
-        WAIT(ALL(record_seq, n));
+        WAIT(ALL(record_seq, n), record_seq[0] < n);
         d_step {
             for (i : 0 .. RANKS - 1) {
                 assert(slot_seq[SLOT(i, n)] == n);
                 block[i] = slot_block[SLOT(i, n)];
                 failed = failed || slot_failed[SLOT(i, n)];
                 small = small | (slot_small[SLOT(i, n)] << i);
-                taken[SLOT(i, n)]++;
-                if
-                :: taken[SLOT(i, n)] == RANKS ->
-                    taken[SLOT(i, n)] = 0;
-                    slot_block[SLOT(i, n)] = 0; slot_failed[SLOT(i, n)] = 0; slot_small[SLOT(i, n)] = 0
-                :: else
-                fi
+                take(SLOT(i, n))
             }
         }
         if
@@ -396,7 +130,7 @@ next:
         fi
     }
     atomic {
-        WAIT(SECOND_FROM(0, n) && SECOND_FROM(1, n) && SECOND_FROM(2, n));
+        WAIT(SECOND_FROM(0, n) && SECOND_FROM(1, n) && SECOND_FROM(2, n), !SECOND_FROM(0, n));
         d_step {
             for (i : 0 .. RANKS - 1) {
                 if
@@ -426,7 +160,7 @@ move:
         :: else
         fi;
         /* Operations of one buffer move in call order. */
-        WAIT(job[me] == NOTHING && !poisoned[me]);
+        WAIT(MOVER_IDLE, 0);
         d_step {
             agree(MOVED);
             for (i : 0 .. RANKS - 1) {
@@ -453,7 +187,7 @@ refused:
 
 finish:
     atomic {
-        WAIT(job[me] == NOTHING && !poisoned[me]);
+        WAIT(MOVER_IDLE, 0);
         d_step { user_turn(); drops = 0; n = 0 };
         goto done
     }
@@ -502,7 +236,7 @@ end:
         } }
         arrive[PAIR(me, NEXT(2))] = job_seq[me];
         atomic {
-            WAIT(FROM_ALL(arrive, job_seq[me]));
+            WAIT(FROM_ALL(arrive, job_seq[me]), arrive[PAIR(0, me)] < job_seq[me]);
             d_step {
                 b = BLOCK(me, job_block[PAIR(me, me)]);
                 assert(writers[b] == 0 && readers[b] == 0);
@@ -545,8 +279,8 @@ end:
         atomic {
 #ifndef PLANT_NO_RELEASE
             if
-            :: !job_in_place[me] || FROM_ALL(released, job_seq[me])
-            :: job_in_place[me] && TROUBLE -> goto raise
+            :: job_in_place[me] -> WAIT(FROM_ALL(released, job_seq[me]), released[PAIR(0, me)] < job_seq[me])
+            :: else
             fi;
 #endif
             d_step {

@@ -1,0 +1,134 @@
+"""The table on stdout, and the same as Markdown for a README, from the JSON record. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+_COLUMNS = (
+    "operation", "median ms", "p95 ms", "SU GB/s", "floor ms", "% of floor (min–max)", "gloo ms", "gloo / ours",
+    "MPI ms", "MPI / ours",
+)  # fmt: skip
+
+
+def text(record: dict[str, Any]) -> str:
+    """Plain text for a terminal."""
+    return "\n".join(_lines(record, _plain_table, bold=""))
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The same tables in Markdown."""
+    return "\n".join(_lines(record, _markdown_table, bold="**"))
+
+
+def _lines(record: dict[str, Any], table: Any, bold: str) -> Iterator[str]:
+    machine, run = record["machine"], record["run"]
+    yield (
+        f"{machine['date']} · {machine['cpu']}, {machine['cores']} cores ({machine['caches']}), "
+        f"{machine['memory_gib']} GiB · {machine['machine']} · {machine['kernel']}"
+    )
+    yield (
+        f"deep_ep_py {machine['deep_ep_py']}, backend {run['backend']} ({machine['simd']}) · torch {machine['torch']}, "
+        f"Python {machine['python']} · {run['ranks']} ranks, {run['threads']} threads a rank · MPI: {run['mpi']}"
+    )
+    for name, reason in run["refused"].items():
+        yield f"backend {name} was refused: {reason}"
+    for shape in record["shapes"]:
+        yield ""
+        yield f"{bold}{_title(shape)}, {run['rounds']} rounds{bold}"
+        yield ""
+        yield _ceilings(shape["ceilings"])
+        yield ""
+        yield from table(_COLUMNS, [_cells(row, run["mpi_missing"]) for row in shape["rows"]])
+    yield from _extras(record, table, bold)
+
+
+def _title(shape: dict[str, Any]) -> str:
+    return (
+        f"T={shape['num_tokens']} tokens a rank, hidden {shape['hidden']}, {shape['num_experts']} experts, "
+        f"top-{shape['num_topk']} (N={shape['received_tokens_per_rank']:.0f} rows received a rank, expanded "
+        f"D={shape['expanded_rows_per_rank']:.0f})"
+    )
+
+
+def _ceilings(ceilings: dict[str, Any]) -> str:
+    rates = ceilings["gb_per_s"]
+    where = "memory, non-temporal stores" if ceilings["memory"] else "caches, ordinary stores"
+    read, write, copy = (rates[kind]["median"] for kind in ("read", "write", "copy"))
+    spread = ", ".join(f"{k} {r['median']:.1f} ({r['min']:.1f}–{r['max']:.1f})" for k, r in rates.items())
+    one_after_the_other = 1 / (1 / read + 1 / write)
+    size = ceilings["bytes_per_rank"] / 2**20
+    return (
+        f"Ceilings, GB/s of all ranks together ({where}; {size:.1f} MiB a rank): {spread}. "
+        f"The copy is at {100 * copy / one_after_the_other:.0f} % of its own floor"
+    )
+
+
+def _cells(row: dict[str, Any], mpi_missing: str) -> list[str]:
+    percent = row["percent_of_floor"]
+    cells = [
+        f"{row['mode']}: {row['operation']}",
+        _ms(row["median_ms"]),
+        _ms(row["p95_ms"]),
+        f"{row['su_gb_per_s']:.2f}",
+        _ms(row["floor_ms"]),
+        f"{percent['median']:.0f} ({percent['min']:.0f}–{percent['max']:.0f})",
+    ]
+    for name in ("gloo", "mpi"):
+        if name in row:
+            ratio = row[name]["ratio"]
+            spread = f"{ratio['median']:.1f} ({ratio['min']:.1f}–{ratio['max']:.1f})"
+            cells += [_ms(row[name]["median_ms"]), spread]
+        else:
+            cells += [(mpi_missing if name == "mpi" else "") or "–", "–"]
+    return cells
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _extras(record: dict[str, Any], table: Any, bold: str) -> Iterator[str]:
+    latency, first, hidden = (record.get(key) for key in ("latency", "first", "overlap"))
+    if latency:
+        yield from ("", f"{bold}One token a rank, V2 dispatch + combine (median of {latency['iterations']}){bold}", "")
+        rows = [["whole pair, slowest rank", latency["whole_us"]], ["  its p95", latency["whole_p95_us"]]]
+        names = {
+            "rank0_whole_us": "whole pair, rank 0",
+            "face_us": "  of it: Python above the backend",
+            "backend_us": "  of it: backend, specs prebuilt",
+            "core_us": "    of that: core + binding, waiting for peers included",
+            "tensors_us": "    of that: output tensors (torch.empty, from_dlpack), measured apart",
+            "barrier_us": "for comparison: one barrier",
+        }
+        rows += [[label, latency[key]] for key, label in names.items() if key in latency]
+        yield from table(("part", "µs"), [[label, f"{value:.1f}"] for label, value in rows])
+    if first:
+        yield from ("", f"{bold}First dispatch after construction, T={first['num_tokens']}, sizes told{bold}", "")
+        yield (
+            f"construction {first['construction_ms']:.0f} ms, first dispatch {_ms(first['first_ms'])} ms, steady "
+            f"{_ms(first['steady_ms'])} ms: {first['first_ms'] / first['steady_ms']:.2f}×"
+        )
+    if hidden:
+        yield from ("", f"{bold}Asynchronous dispatch behind computation, one rank{bold}", "")
+        if "skipped" in hidden:
+            yield f"skipped: {hidden['skipped']}"
+        else:
+            yield (
+                f"T={hidden['num_tokens']}: {100 * hidden['hidden']:.0f} % hidden ({100 * hidden['hidden_min']:.0f}–"
+                f"{100 * hidden['hidden_max']:.0f}); dispatch alone {hidden['dispatch_ms']:.1f} ms, computation alone "
+                f"{hidden['compute_ms']:.1f} ms, both {hidden['both_ms']:.1f} ms"
+            )
+
+
+def _plain_table(columns: Sequence[str], rows: list[list[str]]) -> Iterator[str]:
+    widths = [max(len(line[i]) for line in [list(columns), *rows]) for i in range(len(columns))]
+    for line in [list(columns), ["-" * w for w in widths], *rows]:
+        yield "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+
+
+def _markdown_table(columns: Sequence[str], rows: list[list[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield f"|---|{'---:|' * (len(columns) - 1)}"
+    for row in rows:
+        yield f"| {' | '.join([row[0].replace('  ', '&emsp;'), *row[1:]])} |"

@@ -1,0 +1,148 @@
+"""The core. Private: addresses are those of CPU memory that outlives the call, or the event of a background call."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+has_shm: bool
+
+def simd() -> str: ...
+def dispatch_layout(
+    *,
+    topk_idx: int,
+    num_tokens: int,
+    num_topk: int,
+    num_ranks: int,
+    num_experts: int,
+    expert_rank: int,
+    expert_local: int,
+    tokens_per_rank: int,
+    tokens_per_expert: int,
+    is_token_in_rank: int,
+) -> str: ...
+def heads_from_targets(
+    *, targets: int, prefix: int, rank: int, num_ranks: int, num_tokens: int, send_head: int
+) -> None: ...
+def targets_from_heads(
+    *, send_head: int, prefix: int, rank: int, num_ranks: int, num_tokens: int, targets: int
+) -> int: ...
+def probe_copy(*, to: int, from_: int, bytes: int, stream: bool) -> None: ...
+def probe_read(*, from_: int, bytes: int) -> int: ...
+
+class Event:
+    def wait(self) -> None: ...
+    def done(self) -> bool: ...
+
+class DispatchFlight:
+    @property
+    def seq(self) -> int: ...
+    @property
+    def digest(self) -> int: ...
+    @property
+    def num_recv_tokens(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_output_rows(self) -> int: ...
+    @property
+    def num_max_tokens_per_rank(self) -> int: ...
+    @property
+    def staged(self) -> bool: ...
+    def take_x(self, *, shape: Sequence[int], code: int, bits: int) -> Any: ...
+    def take_sf(self, *, shape: Sequence[int], code: int, bits: int) -> Any: ...
+
+class Engine:
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        rank: int,
+        num_ranks: int,
+        timeout_seconds: float,
+        spin_microseconds: float,
+        max_heap_bytes: int,
+        heap_bytes: int,
+        num_threads: int,
+    ) -> None: ...
+    def endpoint(self) -> tuple[int, int, int]: ...
+    def connect(self, endpoints: Sequence[tuple[int, int, int]]) -> None: ...
+    def barrier(self) -> None: ...
+    def fail(self, *, op: int, text: str) -> None: ...
+    def allocate(self, *, shape: Sequence[int], code: int, bits: int) -> Any | None: ...
+    def close(self, *, grace_seconds: float) -> None: ...
+    def statistics(self) -> dict[str, int]: ...
+    def set_phase_hook(self, hook: Callable[[str], object] | None) -> None: ...
+    def dispatch_begin(
+        self,
+        *,
+        layout: int,
+        cached: bool,
+        num_tokens: int,
+        num_slots: int,
+        num_topk: int,
+        topk_idx: int,
+        topk_weights: int,
+        has_topk: bool,
+        has_weights: bool,
+        is_token_in_rank: int,
+        num_tokens_per_rank: int,
+        num_tokens_per_expert: int,
+        num_experts: int,
+        num_local: int,
+        expert_rank: int,
+        expert_local: int,
+        targets: int,
+        rank_prefix: int,
+        expert_counts: int,
+        digest: int,
+        num_rows: int,
+        x: int,
+        x_stride_bytes: int,
+        row_bytes: int,
+        hidden: int,
+        dtype: int,
+        sf: int,
+        sf_bytes: int,
+        expert_alignment: int,
+        zero_padding: bool,
+        mask_weights: bool,
+        num_worst_tokens: int,
+        num_max_tokens_per_rank: int,
+        max_threads: int,
+        background: bool,
+        previous: Sequence[Event],
+    ) -> DispatchFlight: ...
+    def dispatch_move(
+        self,
+        *,
+        flight: DispatchFlight,
+        recv_x: int,
+        recv_sf: int,
+        recv_sf_leading: int,
+        recv_topk_idx: int,
+        recv_topk_weights: int,
+        recv_meta: int,
+    ) -> Event | None: ...
+    def combine(
+        self,
+        *,
+        layout: int,
+        num_tokens: int,
+        num_slots: int,
+        targets: int,
+        digest: int,
+        y: int,
+        y_rows: int,
+        y_stride_bytes: int,
+        row_bytes: int,
+        hidden: int,
+        dtype: int,
+        weights: int,
+        num_weights: int,
+        bias: Sequence[int],
+        reduce_per_rank: bool,
+        out: int,
+        out_weights: int,
+        max_threads: int,
+        background: bool,
+        previous: Sequence[Event],
+    ) -> Event | None: ...

@@ -1,0 +1,141 @@
+// Random operations on ranks that are threads, with delays in every phase: contents are checked, and what a call
+// returned is checked again much later. Built with a sanitizer it also tells of races and stray accesses; see world.hpp
+// for how the thread sanitizer comes to see them.
+//
+//   test_stress [operations per world]
+#include <deque>
+
+#include "traffic.hpp"
+
+namespace deep_ep_test {
+namespace {
+
+using deep_ep::Engine;
+using deep_ep::ErrorKind;
+
+void expect_error(ErrorKind kind, const char* text, const std::function<void()>& body) {
+  try {
+    body();
+  } catch (const deep_ep::Error& error) {
+    EXPECT(error.kind == kind && error.agreed && error.message.find(text) != std::string::npos, "%s", error.what());
+    return;
+  }
+  EXPECT(false, "nothing was raised where %s was due", text);
+}
+
+// One combine. Whatever lent its rows is overwritten as soon as that is allowed: a peer that still reads them shows.
+void combine(Engine& engine, Exchange& exchange, uint64_t salt, Dice& dice) {
+  const auto count = static_cast<size_t>(exchange.num_rows() * exchange.routing().hidden);
+  std::vector<float> ordinary, out, weights, out_weights;
+  deep_ep::BlockPtr block;
+  float* y = nullptr;
+  const int64_t where = dice.below(3);
+  const bool background = dice.one_in(4);
+  if (where == 0) {  // beside the heap: copied
+    ordinary.resize(count + 1);
+    y = ordinary.data();
+  } else if (where == 1) {  // the caller's own block: in place
+    block = engine.allocate(std::max<size_t>(count * 4, 1));
+    y = reinterpret_cast<float*>(block->data);
+  } else {  // what dispatch delivered: in place
+    y = exchange.rows();
+  }
+  auto params = exchange.combine(y, salt, &out, &weights, &out_weights);
+  params.background = background;
+  const auto event = engine.combine(params, {}, nullptr);
+  if (background) {
+    EXPECT(event->wait(nullptr), "interrupted");
+  } else {
+    EXPECT(event == nullptr, "a synchronous call has no event");
+  }
+  std::fill(y, y + count, -7.0F);
+  exchange.check_combined(salt, out, out_weights);
+}
+
+// Delivered rows that the caller keeps for a while: nobody may write to them.
+struct Kept {
+  std::unique_ptr<Exchange> exchange;
+  int64_t until;
+};
+
+void rank_body(int rank, Engine& engine, const WorldOptions& options, int64_t operations) {
+  Dice dice(mix(options.seed, 4321));  // common to all ranks
+  std::deque<Kept> kept;
+  for (int64_t i = 0; i < operations; ++i) {
+    if (dice.one_in(16)) engine.barrier(nullptr);
+    if (dice.one_in(16)) {
+      // Some ranks refuse, at times two in a row, and with a copy of the order that only they had seen.
+      const int64_t who = 1 + dice.below((int64_t{1} << options.num_ranks) - 1);
+      if (who >> rank & 1)
+        engine.fail(deep_ep::Op::dispatch, "no such thing", nullptr);
+      else
+        expect_error(ErrorKind::argument, "no such thing", [&] { engine.barrier(nullptr); });
+    }
+    auto exchange = std::make_unique<Exchange>(Routing(mix(options.seed, i), options.num_ranks), rank);
+    const bool background = dice.one_in(4);
+    exchange->dispatch(engine, false, background);
+    const bool cached = dice.one_in(3), again = dice.one_in(2);
+    if (!background || !dice.one_in(3)) {
+      if (background) EXPECT(exchange->event()->wait(nullptr), "interrupted");
+      exchange->check("dispatch");
+    } else {  // a combine behind it; what dispatch delivered is complete by then
+      while (!exchange->event()->done()) usleep(100);
+    }
+    if (cached) {
+      const bool behind = dice.one_in(3);
+      exchange->dispatch(engine, true, behind);
+      if (behind) EXPECT(exchange->event()->wait(nullptr), "interrupted");
+      exchange->check("cached dispatch");
+    }
+    const bool keep = dice.one_in(3);
+    const int64_t keep_for = 1 + dice.below(12);
+    if (keep) {
+      kept.push_back({std::move(exchange), i + keep_for});
+    } else {
+      combine(engine, *exchange, 2 * mix(options.seed, i, 3), dice);
+      if (again) combine(engine, *exchange, 2 * mix(options.seed, i, 4) + 1, dice);
+    }
+    for (size_t k = kept.size(); k-- > 0;) {
+      if (kept[k].until > i) continue;
+      kept[k].exchange->check("kept");
+      if (dice.one_in(2)) combine(engine, *kept[k].exchange, 2 * mix(options.seed, i, 5), dice);
+      kept.erase(kept.begin() + static_cast<ptrdiff_t>(k));
+    }
+  }
+  engine.barrier(nullptr);
+  for (Kept& k : kept) k.exchange->check("kept to the end");
+  engine.close(1, nullptr);
+  for (Kept& k : kept) k.exchange->check("kept after the engine was closed");
+  const auto statistics = engine.statistics();
+  EXPECT(operations < 100 || options.num_ranks == 1 || statistics.second_records > 0, "no offer was ever too small");
+  EXPECT(operations < 100 || statistics.copied_combine_inputs > 0, "no combine had to copy");
+  EXPECT(operations < 100 || options.max_heap_bytes == 0 || statistics.moved_to_ordinary_memory > 0,
+         "the limit was never reached");
+}
+
+int run(int64_t operations) {
+  for (const int num_ranks : {3, 1, 2, 4}) {
+    WorldOptions options;
+    options.num_ranks = num_ranks;
+    options.seed = static_cast<uint64_t>(num_ranks);
+    options.num_threads = num_ranks == 2 ? 3 : 1;
+    options.spin_microseconds = num_ranks == 4 ? 20 : 0;
+    options.max_heap_bytes = num_ranks == 4 ? 64 << 10 : 0;  // results move to ordinary memory
+    options.share_mappings = num_ranks != 1;
+    run_world(options, [&](int rank, Engine& engine) { rank_body(rank, engine, options, operations); });
+    if (failures) break;
+  }
+  if (failures == 0) {  // as between processes: each rank maps its peers' memory itself
+    WorldOptions options;
+    options.seed = 99;
+    options.share_mappings = false;
+    options.delays = false;
+    run_world(options, [&](int rank, Engine& engine) { rank_body(rank, engine, options, operations); });
+  }
+  return report("test_stress");
+}
+
+}  // namespace
+}  // namespace deep_ep_test
+
+int main(int argc, char** argv) { return deep_ep_test::run(argc > 1 ? std::atoll(argv[1]) : 400); }
