@@ -5,9 +5,9 @@
 
 What is measured
     Every operation is first checked, bit for bit, against what the seeded inputs say it delivers; a wrong result ends
-    the run. Then come rounds (7 by default, at least 5 for numbers worth keeping). One round measures, in turn: the
-    machine's ceilings, every operation of this library, gloo, MPI. Ratios are taken inside a round; the table shows the
-    median of the rounds' ratios and their smallest and largest.
+    the run. Then come rounds: 7, or 5 where they take long. One round measures, in turn: the machine's ceilings, every
+    operation of this library, gloo, MPI. Ratios are taken inside a round; the table shows the median of the rounds'
+    ratios and their smallest and largest.
 
 Time of an operation
     All ranks leave one barrier (this library's, for gloo's operations too), then each takes the time of its call. The
@@ -30,12 +30,12 @@ Floor
     summed over ranks; B is a row with its scale factors, small arrays are left out. Rates are of all ranks together:
     R * probe bytes / time of the slowest rank, median of the repetitions in this very round. Reading is a plain sum
     over a heap tensor; writing is the library's own row copy to a heap tensor, from 256 KiB that stay in a core's
-    cache. Where an operation writes more than 8 MiB a rank, tensors are larger than the caches and stores are non-temporal.
-    Else tensors are as large as what the operation writes, and stores are ordinary, so that caches help the probes as
-    they help the operations; such a floor knows nothing of lines that must come out of another core's cache, nor of
-    the two rendezvous. A sum of two times is no law of nature: reading and writing overlap where one core alone cannot
-    fill the memory's bus. So beside the ceilings stands how near a plain copy of the same memory comes to its own
-    floor: over 100 % there means that an operation can pass 100 % too.
+    cache. Where a rank receives more than 8 MiB, tensors are larger than the caches and stores are non-temporal. Else
+    tensors are as large as what it receives, and stores are ordinary, so that caches help the probes as they help the
+    operations; such a floor knows nothing of lines that must come out of another core's cache, nor of the two
+    rendezvous. A sum of two times is no law of nature: reading and writing overlap where one core alone cannot fill
+    the memory's bus, and an operation can then pass 100 %. So a stricter floor stands beside it, "% of copy floor": as
+    many bytes as are both read and written go at the rate of a copy (probed likewise), the others at their own rate.
 
 Peers
     gloo: ``dist.all_to_all_single`` and the permutes, see harness/gloo.py. It includes, like V2: destinations from
@@ -60,12 +60,12 @@ PARTS = ("v2", "expand", "v1", "fp8", "gloo", "latency", "first", "overlap")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], epilog="Run it by torchrun.")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0], epilog="Run it by torchrun.")
     parser.add_argument("--tokens", "--shapes", type=int, nargs="+", help="T of each shape (4096 128)")
     parser.add_argument("--hidden", type=int, help="hidden size (7168)")
     parser.add_argument("--experts", type=int, help="number of experts (256)")
     parser.add_argument("--topk", type=int, default=8, help="slots of a token")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds (7)")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (7, or 5 where they take long)")
     parser.add_argument("--iters", type=int, default=0, help="calls of an operation in a round; 0: by size")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
     parser.add_argument("--mpi", choices=("auto", "off"), help="MPI Alltoallv beside it (auto; off in --quick)")
@@ -76,14 +76,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", metavar="FILE.png", help="write a chart (needs matplotlib)")
     parser.add_argument("--markdown", metavar="FILE.json", help="print the tables of a record and do nothing else")
     options = parser.parse_args(argv)
-    defaults: dict[str, Any] = {"tokens": [4096, 128], "hidden": 7168, "experts": 256, "rounds": 7, "mpi": "auto"}
+    defaults: dict[str, Any] = {"tokens": [4096, 128], "hidden": 7168, "experts": 256, "rounds": 0, "mpi": "auto"}
     if options.quick:
         defaults = {"tokens": [256, 16], "hidden": 512, "experts": 32, "rounds": 5, "mpi": "off"}
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if min(*options.tokens, options.hidden, options.experts, options.topk, options.rounds, 32768) < 1:
-        parser.error("sizes and rounds are positive")
+    if min(*options.tokens, options.hidden, options.experts, options.topk) < 1:
+        parser.error("sizes are positive")
     if max(options.tokens) > 32768:
         parser.error("--tokens: at most 32768: the checks number tokens in single bytes")
     return options
@@ -125,9 +125,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
             "threads": world.threads,
             "backend": info.name,
             "refused": info.refused,
-            "rounds": options.rounds,
             "mpi": mpi.library if mpi.peer else mpi.reason,
-            "mpi_missing": "" if mpi.peer else mpi.reason.split(" (")[0].split(":")[0],
+            "mpi_missing": "" if mpi.peer else mpi.reason.partition(" (")[0].partition(":")[0],
             "options": {k: v for k, v in vars(options).items() if k not in ("json", "plot", "markdown")},
         }
         if mpi.peer is not None:

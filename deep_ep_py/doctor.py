@@ -25,7 +25,7 @@ from . import _C
 from .engine import num_cores
 from .errors import EPError
 from .settings import Settings, available_memory_bytes
-from .testing.trials import EXPERTS, HIDDEN, SYSTEM_CALLS, TOKENS, TOPK, Outcome, try_backends, worst_of
+from .testing.trials import EXPERTS, HIDDEN, NOT_TRIED, SYSTEM_CALLS, TOKENS, TOPK, Outcome, try_backends, worst_of
 from .testing.worlds import WorldError, run_processes, run_threads
 
 BACKENDS = ("shm", "collective")
@@ -251,10 +251,12 @@ def _report_system_calls(report: Report, failures: dict[str, str]) -> None:
     if not failures:
         report.add(section, "system calls", "warn", "not tried: the ranks did not come to it")
     for name, why in failures.items():
-        if "no attribute" in why:
-            report.add(section, name, "info", f"not tried: {why} (the round trip below tells)")
+        if why.startswith(NOT_TRIED):
+            report.add(section, name, "info", f"{why} (the round trip below tells)")
         else:
-            report.add(section, name, "fail" if why else "ok", why or "works", REMEDIES[name] if why else "")
+            report.add(
+                section, name, "fail" if why else "ok", why or "works", _remedy("", f"{name}: {why}" if why else "")
+            )
 
 
 CONTAINER = "run the ranks as one user, in one container and pid namespace, with /proc mounted without hidepid"
@@ -277,7 +279,7 @@ REMEDIES = {
 }
 
 
-def _remedy(name: str, error: str, default: str) -> str:
+def _remedy(name: str, error: str, default: str = "auto") -> str:
     if name == default and name not in ("auto", *BACKENDS):
         return "set DEEP_EP_PY_BACKEND to auto, shm or collective, or unset it"
     return next((remedy for word, remedy in REMEDIES.items() if word in error), "")

@@ -112,12 +112,13 @@ class Engine:
         self.info = BackendInfo(self.backend.name, refusals, self.num_ranks, tuple(range(self.num_ranks)))
         # Operations of one buffer run in call order, whichever thread calls.
         self._lock = threading.RLock()
+        self._refusals = {op: Refusal(self.backend, self._lock, op) for op in ("dispatch", "combine")}
         # Closes when the buffer is dropped and before the interpreter ends; never collective.
         self.close = weakref.finalize(self, self.backend.close)
 
     def refusing(self, op: str) -> Refusal:
         """A context: an exception in it is told to the peers, who wait in this operation, before it is raised."""
-        return Refusal(self.backend, self._lock, op)
+        return self._refusals[op]
 
     def dispatch(self, spec: DispatchSpec, *, background: bool, previous: Sequence[Any]) -> tuple[Dispatched, EventOverlap]:
         backend = self.backend
@@ -204,8 +205,11 @@ def _raise_mismatch(face: str, arguments: list[dict[str, Any]]) -> None:
             )
 
 
-def _waiting(previous: Sequence[Any]) -> list[CompletionEvent]:
-    return completions(*previous) if any(p is not None for p in previous) else []
+def _waiting(previous: Sequence[Any]) -> Sequence[CompletionEvent]:
+    for event in previous:
+        if event is not None:
+            return completions(*previous)
+    return ()
 
 
 def _event_of(event: CompletionEvent | None, background: bool) -> EventOverlap:

@@ -20,27 +20,26 @@ def describe(value: object) -> str:
 
 def matrix(name: str, value: Any, rows: int | None = None, columns: int | None = None) -> torch.Tensor:
     """A CPU tensor [rows, columns] whose rows are dense; copied only if they are not."""
-    if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.device.type != "cpu":
+    if not isinstance(value, torch.Tensor) or not value.is_cpu or value.dim() != 2:
         raise EPArgumentError.of(name, "a tensor of two dimensions on the CPU", describe(value))
-    shape = value.shape
-    if (rows is not None and shape[0] != rows) or (columns is not None and shape[1] != columns):
+    have_rows, have_columns = value.shape
+    if (rows is not None and have_rows != rows) or (columns is not None and have_columns != columns):
         wanted = [rows if rows is not None else "any", columns if columns is not None else "any"]
         raise EPArgumentError.of(name, f"shape {wanted}", describe(value))
-    return value if value.stride(1) == 1 or shape[1] <= 1 and value.is_contiguous() else value.contiguous()
+    return value if value.stride(1) == 1 or value.is_contiguous() else value.contiguous()
 
 
 def tensor(name: str, value: Any, dtype: torch.dtype, shape: tuple[int | None, ...]) -> torch.Tensor:
     """A contiguous CPU tensor of exactly this dtype; None in ``shape`` means any length."""
-    if (
-        not isinstance(value, torch.Tensor)
-        or value.dtype != dtype
-        or value.device.type != "cpu"
-        or value.dim() != len(shape)
-        or any(want is not None and want != have for want, have in zip(shape, value.shape, strict=True))
-    ):
+    fits = isinstance(value, torch.Tensor) and value.dtype == dtype and value.is_cpu and value.dim() == len(shape)
+    if fits:
+        for want, have in zip(shape, value.shape, strict=True):
+            fits = fits and (want is None or want == have)
+    if not fits:
         wanted = [n if n is not None else "any" for n in shape]
         raise EPArgumentError.of(name, f"{dtype} {wanted} on the CPU", describe(value))
-    return value.contiguous()
+    result: torch.Tensor = value if value.is_contiguous() else value.contiguous()
+    return result
 
 
 def tokens(x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

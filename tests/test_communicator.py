@@ -81,6 +81,21 @@ def latecomer_then_retry(c):
     several_rounds(c.session())
 
 
+def one_rank_starts_over(c):
+    """The last rank fails between two rounds and begins again, while the others still wait in the second round."""
+    last = c.size - 1
+    mine = c.session()
+    mine.exchange(b"", timeout=20, what="one")
+    if c.rank == last:
+        mine = c.session()
+    else:
+        with pytest.raises(EPTimeoutError) as caught:
+            mine.exchange(b"", timeout=0.3, what="two")
+        assert caught.value.ranks == (last,)
+    for what in ("one", "two"):
+        assert mine.exchange(b"%d" % c.rank, timeout=20, what=what) == [b"%d" % r for r in range(c.size)]
+
+
 def different_steps(c):
     with pytest.raises(EPMismatchError) as caught:
         c.session().exchange(b"", timeout=20, what="Buffer" if c.rank else "ElasticBuffer")
@@ -88,7 +103,14 @@ def different_steps(c):
     several_rounds(c.session())
 
 
-BODIES = [several_rounds, rows_of_any_dtype, two_buffers_at_once, latecomer_then_retry, different_steps]
+BODIES = [
+    several_rounds,
+    rows_of_any_dtype,
+    two_buffers_at_once,
+    latecomer_then_retry,
+    one_rank_starts_over,
+    different_steps,
+]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deep_ep_py import Settings, doctor
-from deep_ep_py.testing import trials
+from deep_ep_py import ElasticBuffer, Settings, doctor
+from deep_ep_py.testing import run_threads, trials
 
 ROOT = Path(__file__).resolve().parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="shared memory between processes needs Linux")
@@ -133,27 +133,31 @@ def test_doctor_sees_that_peers_may_not_open_descriptors(monkeypatch):
     report, found = diagnose(monkeypatch, denied, Settings())
     assert found["/proc/<pid>/fd"].status == "fail" and "hidepid" in found["/proc/<pid>/fd"].remedy
     assert found["memfd"].status == "ok"
+    assert found["futex"].status == "info" and "not tried" in found["futex"].text  # nothing was mapped to try it on
     assert found["shm"].status == "fail" and "Permission denied" in found["shm"].text
     # auto goes on without it, and says so.
     assert report.works and report.default_backend == "collective"
     assert found["auto (default)"].status == "warn" and "refused shm" in found["auto (default)"].text
     assert "hidepid" in found["auto (default)"].remedy
-    report, found = diagnose(monkeypatch, denied, Settings(backend="shm"))
-    assert not report.works
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("trial", "seconds", "text"),
-    [(crashing, 60.0, "exit code -4"), (stuck, 25.0, "did not finish")],
-    ids=["dies", "hangs"],
-)
-def test_doctor_outlives_a_backend_that_does_not(monkeypatch, trial, seconds, text):
+def test_doctor_outlives_a_backend_that_dies(monkeypatch):
     before = leftovers()
-    report, found = diagnose(monkeypatch, trial, Settings(backend="collective"), seconds)
-    assert found["shm"].status == "fail" and text in found["shm"].text and found["shm"].remedy
+    report, found = diagnose(monkeypatch, crashing, Settings(backend="collective"))
+    assert found["shm"].status == "fail" and "exit code -4" in found["shm"].text and found["shm"].remedy
     assert found["collective (default)"].status == "ok" and report.works
+    assert leftovers() == before
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_doctor_outlives_a_backend_that_hangs(monkeypatch):
+    before = leftovers()
+    report, found = diagnose(monkeypatch, stuck, Settings(backend="shm"), seconds=8.0)
+    assert found["shm (default)"].status == "fail" and not report.works
+    assert "did not finish" in found["shm (default)"].text and "--timeout" in found["shm (default)"].remedy
     assert leftovers() == before
 
 
@@ -162,4 +166,31 @@ def test_every_rank_s_failure_is_reported():
     fast, slow = {"name": "shm", "refused": {}, "seconds": 0.1}, {"name": "shm", "refused": {}, "seconds": 0.2}
     merged = trials.worst_of([{trials.SYSTEM_CALLS: well, "shm": fast}, {trials.SYSTEM_CALLS: sick, "shm": slow}])
     assert merged == {trials.SYSTEM_CALLS: sick, "shm": slow}
+    left_out = {"futex": trials.NOT_TRIED, "memfd": ""}
+    for pair in ([well, left_out], [left_out, well]):
+        assert trials.worst_of([{trials.SYSTEM_CALLS: found} for found in pair]) == {trials.SYSTEM_CALLS: left_out}
+    assert trials.worst_of([{trials.SYSTEM_CALLS: left_out}, {trials.SYSTEM_CALLS: sick}]) == {
+        trials.SYSTEM_CALLS: sick
+    }
     assert trials.worst_of([{"shm": fast}, {"shm": {"error": "no"}}]) == {"shm": {"error": "no"}}
+
+
+@pytest.mark.parametrize("fault", [None, "dispatch", "combine"])
+def test_a_round_trip_compares_what_came(monkeypatch, fault):
+    real = getattr(ElasticBuffer, fault or "dispatch")
+
+    def off_by_one(self, *args, **kwargs):
+        rows, *others = real(self, *args, **kwargs)
+        if self.rank_idx == 1:
+            rows[-1, -1] += 1
+        return rows, *others
+
+    if fault:
+        monkeypatch.setattr(ElasticBuffer, fault, off_by_one)
+    names = ["shm", "collective"] if sys.platform == "linux" else ["collective"]
+    merged = trials.worst_of(run_threads(2, trials.try_backends, names, Settings(), 20.0))
+    for name in names:
+        if fault:
+            assert f"{fault} delivered" in merged[name]["error"]
+        else:
+            assert merged[name]["name"] == name and merged[name]["seconds"] > 0

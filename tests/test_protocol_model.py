@@ -14,9 +14,10 @@ MAX_DEPTH = 2000
 MEMORY_MIB = 4000
 TIMEOUT_S = 600
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("spin") is None, reason="spin is not installed (Debian: apt install spin)"
-)
+pytestmark = [
+    pytest.mark.skipif(shutil.which("spin") is None, reason="spin is not installed (Debian: apt install spin)"),
+    pytest.mark.timeout(TIMEOUT_S),  # an exhaustive search takes 3 to 30 s on a core of its own
+]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ class Traffic:
         """``rates``: bytes per second of all ranks together."""
         return self.read / rates["read"] + self.written / rates["write"]
 
+    def copy_floor_seconds(self, rates: dict[str, float]) -> float:
+        """Stricter where reading and writing overlap: what is both read and written goes at a copy's rate."""
+        both = min(self.read, self.written)
+        return both / rates["copy"] + (self.read - both) / rates["read"] + (self.written - both) / rates["write"]
+
 
 class Ceilings:
     """Probes of this shape: every rank runs them at the same time, on heap memory of its own.

@@ -43,10 +43,11 @@ class _Timed:
 def pair_latency(world: World, shape: Shape, backend: str, most: int) -> dict[str, Any]:
     """One token a rank through V2: dispatch, then combine of the received rows; microseconds, medians.
 
-    At most ``most`` iterations, about a second for each part. ``whole``: the slowest rank's pair. The other parts are of this run's rank 0 (medians of their own runs):
-    ``backend``: the same through ``ElasticBuffer``'s backend with specs built before; ``core``: of it, inside the calls
-    of the C++ core, with the binding and waiting for peers; ``tensors``: what the outputs' ``torch.empty`` and
-    ``from_dlpack`` cost, measured apart; ``face``: ``whole`` of rank 0 less ``backend``.
+    At most ``most`` iterations, about a second for each part. ``whole``: the slowest rank's pair. The other parts are
+    rank 0's, medians of loops in turn: ``backend``: the same through ``ElasticBuffer``'s backend with specs built
+    before; ``core``: of it, inside the calls of the C++ core, with the binding and waiting for peers; ``tensors``: what
+    the outputs' ``torch.empty`` and ``from_dlpack`` cost, measured apart; ``face``: ``whole`` of rank 0 less
+    ``backend``.
     """
     shape = Shape(1, shape.hidden, shape.num_experts, shape.num_topk)
     problem = Problem(shape, world.rank, world.size)
@@ -64,8 +65,7 @@ def pair_latency(world: World, shape: Shape, backend: str, most: int) -> dict[st
         warm = world.time(pair, 30)[0]
         iterations: int = world.broadcast(min(most, max(30, int(1.0 / statistics.median(warm)))))
         world.time(pair, iterations // 10)
-        mine = world.time(pair, iterations)[0]
-        whole = world.slowest(mine)
+        whole = world.slowest(world.time(pair, iterations)[0])
         found: dict[str, Any] = {
             "iterations": iterations,
             "whole_us": _us(whole),
@@ -74,7 +74,7 @@ def pair_latency(world: World, shape: Shape, backend: str, most: int) -> dict[st
         }
         inner = buffer._engine.backend
         if inner.name == "shm":
-            found.update(_breakdown(world, buffer, problem, iterations, statistics.median(mine)))
+            found.update(_breakdown(world, buffer, problem, pair, iterations))
         return found
     finally:
         world.barrier = before
@@ -82,7 +82,9 @@ def pair_latency(world: World, shape: Shape, backend: str, most: int) -> dict[st
         buffer.destroy()
 
 
-def _breakdown(world: World, buffer: Any, problem: Problem, iterations: int, whole: float) -> dict[str, float]:
+def _breakdown(
+    world: World, buffer: Any, problem: Problem, face_pair: Callable[[], Any], iterations: int
+) -> dict[str, float]:
     """See :func:`pair_latency`. Specs are taken from real calls, so that they are what the face builds."""
     backend: Any = buffer._engine.backend
     specs: list[Any] = []
@@ -112,21 +114,28 @@ def _breakdown(world: World, buffer: Any, problem: Problem, iterations: int, who
         backend.combine_send(second)
         backend.combine_recv(second)
 
-    world.time(pair, 20)
-    through_backend = statistics.median(world.time(pair, iterations)[0])
     real = backend._engine
-    timed = backend._engine = _Timed(real)
-    core = []
+    timed = _Timed(real)
 
-    def counted() -> None:
+    def in_core() -> float:
         timed.seconds = 0.0
         pair()
-        core.append(timed.seconds)
+        return timed.seconds
 
-    try:
-        world.time(counted, iterations)
-    finally:
-        backend._engine = real
+    world.time(pair, 20)
+    wholes: list[float] = []
+    backends: list[float] = []
+    cores: list[float] = []
+    for _ in range(10):  # in turn, because the parts are subtracted from each other
+        wholes += world.time(face_pair, iterations // 10)[0]
+        backends += world.time(pair, iterations // 10)[0]
+        backend._engine = timed
+        try:
+            for _ in range(iterations // 10):
+                world.barrier()
+                cores.append(in_core())
+        finally:
+            backend._engine = real
     plan = dispatch_spec.plan or handle._plan
     outputs = [plan.targets, plan.rank_prefix, plan.expert_counts, recv_idx, weights, handle.recv_src_metadata]
     outputs.append(combined)
@@ -134,11 +143,11 @@ def _breakdown(world: World, buffer: Any, problem: Problem, iterations: int, who
     code = {"code": 4, "bits": 16}
     views = _cost(lambda: from_dlpack(real.allocate(shape=(1, shape.hidden), **code)))
     return {
-        "rank0_whole_us": 1e6 * whole,
-        "backend_us": 1e6 * through_backend,
-        "core_us": _us(core),
+        "rank0_whole_us": _us(wholes),
+        "backend_us": _us(backends),
+        "core_us": _us(cores),
         "tensors_us": 1e6 * (ordinary + views),
-        "face_us": 1e6 * (whole - through_backend),
+        "face_us": _us(wholes) - _us(backends),
     }
 
 

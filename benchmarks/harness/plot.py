@@ -58,6 +58,8 @@ def _annotate(axis: Any, text: str, x: float, y: float) -> None:
 
 
 def _beside_peers(axis: Any, shape: dict[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     places = _labels(axis, shape)
     rows = shape["rows"]
     series = {
@@ -76,5 +78,8 @@ def _beside_peers(axis: Any, shape: dict[str, Any]) -> None:
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     axis.set_xlim(low, high * 1.6)
-    axis.legend(fontsize=7, loc="lower right")
-    axis.set_title(f"T={shape['num_tokens']}: median time of the slowest rank, ms (log)", fontsize=9)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
+    axis.set_title(f"T={shape['num_tokens']}: median, slowest rank, ms (log)", fontsize=9, loc="left")

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 _COLUMNS = (
-    "operation", "median ms", "p95 ms", "SU GB/s", "floor ms", "% of floor (min–max)", "gloo ms", "gloo / ours",
-    "MPI ms", "MPI / ours",
+    "operation", "median ms", "p95 ms", "SU GB/s", "floor ms", "% of floor (min–max)", "% of copy floor",
+    "gloo ms", "gloo / ours", "MPI ms", "MPI / ours",
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def _lines(record: dict[str, Any], table: Any, bold: str) -> Iterator[str]:
         yield f"backend {name} was refused: {reason}"
     for shape in record["shapes"]:
         yield ""
-        yield f"{bold}{_title(shape)}, {run['rounds']} rounds{bold}"
+        yield f"{bold}{_title(shape)}, {shape['rounds']} rounds{bold}"
         yield ""
         yield _ceilings(shape["ceilings"])
         yield ""
@@ -55,12 +55,12 @@ def _ceilings(ceilings: dict[str, Any]) -> str:
     rates = ceilings["gb_per_s"]
     where = "memory, non-temporal stores" if ceilings["memory"] else "caches, ordinary stores"
     read, write, copy = (rates[kind]["median"] for kind in ("read", "write", "copy"))
+    copies_at = 100 * copy * (1 / read + 1 / write)
     spread = ", ".join(f"{k} {r['median']:.1f} ({r['min']:.1f}–{r['max']:.1f})" for k, r in rates.items())
-    one_after_the_other = 1 / (1 / read + 1 / write)
     size = ceilings["bytes_per_rank"] / 2**20
     return (
         f"Ceilings, GB/s of all ranks together ({where}; {size:.1f} MiB a rank): {spread}. "
-        f"The copy is at {100 * copy / one_after_the_other:.0f} % of its own floor"
+        f"The copy is at {copies_at:.0f} % of its own floor"
     )
 
 
@@ -73,6 +73,7 @@ def _cells(row: dict[str, Any], mpi_missing: str) -> list[str]:
         f"{row['su_gb_per_s']:.2f}",
         _ms(row["floor_ms"]),
         f"{percent['median']:.0f} ({percent['min']:.0f}–{percent['max']:.0f})",
+        f"{row['percent_of_copy_floor']['median']:.0f}",
     ]
     for name in ("gloo", "mpi"):
         if name in row:

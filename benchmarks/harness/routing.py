@@ -157,5 +157,5 @@ class Problem:
 
 
 def all_rows(count: int, holds: Callable[[slice], bool]) -> bool:
-    """Whether a check holds for every piece of ``count`` rows: pieces stay in the caches, where fresh memory is slow."""
+    """Whether a check holds for every piece of ``count`` rows. In pieces, because fresh memory is slow."""
     return all(holds(slice(begin, min(begin + 256, count))) for begin in range(0, count, 256))

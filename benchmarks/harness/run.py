@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,10 +20,16 @@ from .world import World
 
 Key = tuple[str, str]
 
+_ROUNDS, _FEWEST_ROUNDS = 7, 5
+_PATIENCE_SECONDS = 25.0  # for the rounds of one shape, before fewer of them have to do
+
 
 @dataclass
 class Options:
-    """``iterations``: calls a round, 0: by size. ``only``: what to run. ``probe_bytes``: of the large ceilings."""
+    """``rounds``: 0: 7, or 5 where they take long. ``iterations``: calls a round, 0: by size. ``only``: what to run.
+
+    ``probe_bytes``: of the large ceilings.
+    """
 
     backend: str
     rounds: int
@@ -96,8 +103,13 @@ def run_shape(world: World, shape: Shape, options: Options, mpi: Mpi) -> dict[st
             mode.round(world, 2)
 
         recorder, mpi_recorder = Recorder(), Recorder()
-        for i in range(options.rounds):
-            world.progress(f"T={shape.num_tokens}: round {i + 1} of {options.rounds}")
+        rounds, started = 0, time.monotonic()
+        while rounds < (options.rounds or _ROUNDS):
+            may_stop = not options.rounds and rounds >= _FEWEST_ROUNDS
+            if may_stop and world.broadcast(time.monotonic() - started > _PATIENCE_SECONDS):
+                break
+            rounds += 1
+            world.progress(f"T={shape.num_tokens}: round {rounds}")
             recorder.add("ceilings", ceilings.measure())
             for mode in modes:
                 recorder.add(mode.name, mode.round(world, iterations))
@@ -111,9 +123,8 @@ def run_shape(world: World, shape: Shape, options: Options, mpi: Mpi) -> dict[st
         recorder.finish(world)
     finally:
         world.barrier = before
-    rates = [
-        ceilings.rates({kind: recorder.seconds["ceilings", kind][i] for kind in KINDS}) for i in range(options.rounds)
-    ]
+    probes = [{kind: recorder.seconds["ceilings", kind][i] for kind in KINDS} for i in range(rounds)]
+    rates = [ceilings.rates(slowest) for slowest in probes]
     rows = [
         _row(mode, operation, recorder.seconds, mpi_recorder.seconds, rates)
         for mode in modes
@@ -128,6 +139,7 @@ def run_shape(world: World, shape: Shape, options: Options, mpi: Mpi) -> dict[st
         "num_experts": shape.num_experts,
         "num_topk": shape.num_topk,
         "seed": options.seed,
+        "rounds": rounds,
         "iterations": iterations,
         "received_tokens_per_rank": problem.total_rows(False) / world.size,
         "expanded_rows_per_rank": problem.total_rows(True) / world.size,
@@ -191,6 +203,9 @@ def _row(
         "bytes_written": traffic.written,
         "floor_ms": 1e3 * statistics.median(floors),
         "percent_of_floor": _spread([100 * f / m for f, m in zip(floors, medians, strict=True)]),
+        "percent_of_copy_floor": _spread(
+            [100 * traffic.copy_floor_seconds(r) / m for r, m in zip(rates, medians, strict=True)]
+        ),
         "time_over_floor": _spread([m / f for f, m in zip(floors, medians, strict=True)]),
     }
     # A peer delivers what the compact modes deliver; nobody else's call delivers expanded rows.

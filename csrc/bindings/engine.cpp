@@ -88,7 +88,7 @@ void bind_dispatch(py::class_<PyEngine>& engine) {
          uintptr_t topk_weights, bool has_topk, bool has_weights, uintptr_t is_token_in_rank, uintptr_t num_tokens_per_rank,
          uintptr_t num_tokens_per_expert, int num_experts, int num_local, uintptr_t expert_rank, uintptr_t expert_local,
          uintptr_t targets, uintptr_t rank_prefix, uintptr_t expert_counts, uint64_t digest, int64_t num_rows,
-         uintptr_t x, int64_t x_stride_bytes, int64_t row_bytes, int64_t hidden, int dtype, uintptr_t sf,
+         uintptr_t x, int64_t x_stride_bytes, int64_t row_bytes, int64_t hidden, uint64_t dtype, uintptr_t sf,
          int64_t sf_bytes, int expert_alignment, bool zero_padding, bool mask_weights, int64_t num_worst_tokens,
          int64_t num_max_tokens_per_rank, int max_threads, bool background, const PyEvents& previous) {
         DispatchParams p;

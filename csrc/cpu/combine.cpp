@@ -7,7 +7,6 @@
 namespace deep_ep {
 namespace {
 
-constexpr int64_t kStreamBytes = int64_t{8} << 20;  // results above it bypass the caches; see dispatch.cpp
 constexpr int64_t kTokensPerChunk = 16;
 
 enum Field { kLayout, kHidden, kDtype, kHandle, kWeights, kReducePerRank };

@@ -26,6 +26,16 @@ const std::vector<const char*>& field_names(Op op) {
   return none;
 }
 
+const char* name_of(RowType type) {
+  switch (type) {
+    case RowType::bf16: return "bf16";
+    case RowType::f16: return "f16";
+    case RowType::f32: return "f32";
+    case RowType::f64: return "f64";
+  }
+  return "unknown";
+}
+
 }  // namespace
 
 Engine::Engine(const EngineOptions& options)
@@ -204,10 +214,16 @@ void Engine::check_agreement(const Step& step, const std::vector<Record>& record
       "operation", [](const Record& r) { return static_cast<int64_t>(r.op); },
       [](const Record& r) { return std::string(name_of(r.op)); });
   const auto& names = field_names(step.where.op);
+  auto spell = [&](const char* name, int64_t value) {
+    if (std::strcmp(name, "dtype") != 0) return std::to_string(value);
+    if (step.where.op == Op::combine) return std::string(name_of(static_cast<RowType>(value)));
+    const std::string letters(reinterpret_cast<const char*>(&value), sizeof value);
+    return letters.substr(0, letters.find('\0'));
+  };
   for (size_t i = 0; i < names.size(); ++i)
     mismatch(
         names[i], [i](const Record& r) { return r.fields[i]; },
-        [i](const Record& r) { return std::to_string(r.fields[i]); });
+        [&, i](const Record& r) { return spell(names[i], r.fields[i]); });
 }
 
 void Engine::barrier(const Interrupted& interrupted) {

@@ -95,11 +95,12 @@ class Engine {
   std::vector<Record> rendezvous(Step& step);
   void check_agreement(const Step& step, const std::vector<Record>& records) const;
 
-  // dispatch.cpp
+  // notify.cpp
   void notify(DispatchFlight& flight, Step& step);
   void count(DispatchFlight& flight, Step& step, Counts* counts);
   void make_offers(DispatchFlight& flight, Record& record, const Counts& counts);
   void second_records(DispatchFlight& flight, Step& step, std::vector<Record>& records);
+  // dispatch.cpp
   void place(DispatchFlight& flight);
   void arrive(DispatchFlight& flight, Step& step);
   void deliver(DispatchFlight& flight, const DispatchOutputs& outputs);

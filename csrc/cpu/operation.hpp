@@ -18,6 +18,10 @@ namespace deep_ep {
 using Interrupted = std::function<bool()>;
 using Events = std::vector<std::shared_ptr<Event>>;
 
+// Moves above this size bypass the caches: they would evict what the receiver is about to compute with, and a plain
+// store reads the line first.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
 struct DispatchParams {
   Layout layout = Layout::topk;
   bool cached = false;
@@ -45,7 +49,7 @@ struct DispatchParams {
   int64_t x_stride_bytes = 0;
   int64_t row_bytes = 0;
   int64_t hidden = 0;
-  int32_t dtype = 0;  // a code that must agree
+  uint64_t dtype = 0;  // up to eight letters; must agree
   const void* sf = nullptr;  // contiguous
   int64_t sf_bytes = 0;      // of one row
   // Flags.

@@ -33,6 +33,12 @@ _DLPACK = {
     torch.int32: (0, 32),
     torch.int64: (0, 64),
 }
+# Each dtype as a number that errors can spell out: up to eight letters of its short name.
+_DTYPE_CODES = {
+    dtype: int.from_bytes(str(dtype).removeprefix("torch.").replace("float", "f").encode()[-8:], "little")
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
 # Below this size a combine result lies in ordinary memory: fresh pages cost nothing there.
 _SMALL_RESULT_BYTES = 64 << 10
 _CLOSE_GRACE_SECONDS = 2.0
@@ -156,7 +162,7 @@ class ShmBackend:
             x_stride_bytes=x.stride(0) * x.element_size() if num_tokens > 1 else row_bytes,
             row_bytes=row_bytes,
             hidden=hidden,
-            dtype=_dtype_code(x.dtype),
+            dtype=_DTYPE_CODES[x.dtype],
             sf=_address(sf),
             sf_bytes=0 if sf is None else sf.shape[1] * sf.element_size(),
             expert_alignment=spec.expert_alignment,
@@ -349,8 +355,3 @@ def _core_events(previous: Sequence[CompletionEvent]) -> list[_C.Event]:
         else:
             event.wait()
     return found
-
-
-def _dtype_code(dtype: torch.dtype) -> int:
-    """Equal on all ranks for one dtype: size and a checksum of its name."""
-    return dtype.itemsize << 16 | sum(ord(c) * (i + 1) for i, c in enumerate(str(dtype))) & 0xFFFF

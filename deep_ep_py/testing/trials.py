@@ -29,6 +29,7 @@ from ..types import ExpertPlacement
 TOKENS, HIDDEN, TOPK, EXPERTS = 128, 7168, 8, 256
 REPEATS = 5
 SYSTEM_CALLS = "system calls"
+NOT_TRIED = "not tried"
 #: FUTEX's system call number; Python has no wrapper. Elsewhere the round trip alone must show that it works.
 FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
 FUTEX_WAIT, FUTEX_WAKE = 0, 1
@@ -62,7 +63,7 @@ def round_trip(group: Any, settings: Settings) -> Outcome:
         topk_idx = torch.rand((ranks, TOKENS, EXPERTS), generator=seeded).topk(TOPK).indices
         owner = ExpertPlacement.contiguous(EXPERTS, ranks).rank[topk_idx]
         in_rank = torch.stack([(owner == r).any(-1) for r in range(ranks)], dim=-1)
-        times = []
+        times, wrong = [], ""
         for _ in range(REPEATS):
             buffer.barrier()
             start = time.perf_counter()
@@ -70,11 +71,13 @@ def round_trip(group: Any, settings: Settings) -> Outcome:
             combined, _, _ = buffer.combine(recv_x, handle)
             times.append(time.perf_counter() - start)
             if not torch.equal(recv_x, tokens[in_rank[:, :, me]]):
-                raise EPError("dispatch delivered other rows than were sent")
-            if not torch.equal(combined, (tokens[me].float() * in_rank[me].sum(1, keepdim=True)).to(torch.bfloat16)):
-                raise EPError("combine delivered another sum than the rows have")
+                wrong = "dispatch delivered other rows than were sent"
+            elif not torch.equal(combined, (tokens[me].float() * in_rank[me].sum(1, keepdim=True)).to(torch.bfloat16)):
+                wrong = "combine delivered another sum than the rows have"
             del recv_x, handle, combined
         buffer.barrier()
+        if wrong:  # only now: the peers' errors would tell of a rank that left, and not why
+            raise EPError(wrong)
         info = buffer.backend_info()
         return {"name": info.name, "refused": info.refused, "seconds": statistics.median(times)}
     finally:
@@ -87,7 +90,11 @@ def worst_of(by_rank: list[dict[str, Outcome]]) -> dict[str, Outcome]:
     for name in by_rank[0]:
         outcomes = [found[name] for found in by_rank]
         if name == SYSTEM_CALLS:
-            merged[name] = {call: next(filter(None, (o[call] for o in outcomes)), "") for call in outcomes[0]}
+            # A failure says more than a trial that was left out, and that more than a success.
+            told = {call: [o[call] for o in outcomes] for call in outcomes[0]}
+            merged[name] = {
+                c: max(t, key=lambda why: (why != "", not why.startswith(NOT_TRIED))) for c, t in told.items()
+            }
             continue
         worst = next((o for o in outcomes if "error" in o), None)
         merged[name] = worst or max(outcomes, key=lambda o: o.get("seconds", 0.0))
@@ -96,14 +103,19 @@ def worst_of(by_rank: list[dict[str, Outcome]]) -> dict[str, Outcome]:
 
 def system_calls(communicator: Communicator, seconds: float) -> dict[str, str]:
     """What shared memory between processes needs, tried on the next rank; by name, why it failed, or empty."""
-    found = {"memfd": "", "/proc/<pid>/fd": "", "pidfd": "", "futex": ""}
+    found = dict.fromkeys(("memfd", "/proc/<pid>/fd", "pidfd", "futex"), NOT_TRIED)
 
     def attempt(name: str, call: Callable[[], Any]) -> Any:
         try:
-            return call()
-        except (OSError, AttributeError) as e:  # a Python built on an old system lacks the newer calls
+            result = call()
+        except OSError as e:
             found[name] = str(e)
             return None
+        except AttributeError as e:  # a Python built on an old system lacks the newer calls
+            found[name] = f"{NOT_TRIED}: {e}"
+            return None
+        found[name] = ""
+        return result
 
     def exchange(mine: Any, what: str) -> list[Any]:
         answers = communicator.exchange(json.dumps(mine).encode(), timeout=seconds, what=f"doctor: {what}")

@@ -27,13 +27,13 @@ next:
         WAIT(ASYNC || MOVER_IDLE, 0);
 #ifndef PLANT_NO_CATCH_UP
         if
-        :: behind && n <= OPS ->
-            WAIT(ALL(record_seq, n - 1), record_seq[0] < n - 1);
+        :: !behind || n > OPS
+        :: behind && n <= OPS && TROUBLE(record_seq[0] < n - 1) -> goto raise
+        :: behind && n <= OPS && ALL(record_seq, n - 1) ->
             d_step {
                 for (i : 0 .. RANKS - 1) { take(SLOT(i, n - 1)) }
                 behind = 0
             }
-        :: else
         fi;
 #endif
         if
@@ -84,14 +84,14 @@ next:
             slot_failed[SLOT(me, n)] = failed;
             slot_small[SLOT(me, n)] = is_small;
             record_seq[me] = n
-        }
+        };
+        /* Whoever refuses its own input leaves at once, and catches up before it writes a slot again. */
+        if
+        :: failed -> behind = 1; goto refused
+        :: else
+        fi
     }
 
-    /* Whoever refuses its own input leaves at once, and catches up before it writes a slot again. */
-    if
-    :: failed -> behind = 1; goto refused
-    :: else
-    fi;
     atomic {
         WAIT(ALL(record_seq, n), record_seq[0] < n);
         d_step {
@@ -279,8 +279,8 @@ end:
         atomic {
 #ifndef PLANT_NO_RELEASE
             if
-            :: job_in_place[me] -> WAIT(FROM_ALL(released, job_seq[me]), released[PAIR(0, me)] < job_seq[me])
-            :: else
+            :: !job_in_place[me] || FROM_ALL(released, job_seq[me])
+            :: job_in_place[me] && TROUBLE(released[PAIR(0, me)] < job_seq[me]) -> goto raise
             fi;
 #endif
             d_step {
