@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import _C, validate
+from . import validate
 from .communicator import communicator_of
 from .config import Config
 from .engine import BackendInfo, Engine
 from .errors import EPArgumentError, EPError
 from .event import EventHandle, EventOverlap, completions
 from .handle import pack_v1, unpack_v1
+from .layout import dispatch_layout
 from .settings import Settings
 from .types import CombineSpec, DispatchSpec, ExpertPlacement
 
@@ -194,24 +195,7 @@ class Buffer:
             event.wait()
         topk_idx = validate.tensor("topk_idx", topk_idx, torch.int64, (None, None))
         placement = self._placement(validate.whole("num_experts", num_experts, 1))
-        num_tokens, num_topk = topk_idx.shape
-        per_rank = torch.empty(self.group_size, dtype=torch.int32, device="cpu")
-        per_expert = torch.empty(num_experts, dtype=torch.int32, device="cpu")
-        in_rank = torch.empty((num_tokens, self.group_size), dtype=torch.bool, device="cpu")
-        wrong = _C.dispatch_layout(
-            topk_idx=topk_idx.data_ptr(),
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            num_ranks=self.group_size,
-            num_experts=num_experts,
-            expert_rank=placement.rank.data_ptr(),
-            expert_local=placement.local.data_ptr(),
-            tokens_per_rank=per_rank.data_ptr(),
-            tokens_per_expert=per_expert.data_ptr(),
-            is_token_in_rank=in_rank.data_ptr(),
-        )
-        if wrong:
-            raise EPArgumentError(wrong, argument="topk_idx")
+        per_rank, per_expert, in_rank = dispatch_layout(topk_idx, placement, self.group_size)
         return per_rank, None, per_expert, in_rank, EventOverlap(EventHandle() if async_finish else None)
 
     def dispatch(
@@ -332,9 +316,8 @@ class Buffer:
             plan = unpack_v1(handle, self.rank, num_ranks)
             if plan.targets.shape[0] != num_tokens:
                 raise EPArgumentError.of("x", f"{plan.targets.shape[0]} tokens, as the handle's dispatch", num_tokens)
-            worst = plan.num_output_rows if plan.num_output_rows != plan.num_rows else 0
             return DispatchSpec(
-                x=rows, sf=sf, layout="rank", plan=plan, num_worst_tokens=worst, max_threads=self._num_sms(config)
+                x=rows, sf=sf, layout="rank", plan=plan, num_worst_tokens=plan.num_output_rows, max_threads=self._num_sms(config)
             )
         if (topk_idx is None) != (topk_weights is None):
             raise EPArgumentError.of("topk_weights", "both topk_idx and topk_weights, or neither", "one of them")
@@ -359,7 +342,7 @@ class Buffer:
             placement=self._placement(per_expert.numel()),
             mask_weights=True,
             expert_alignment=validate.whole("expert_alignment", expert_alignment, 1),
-            num_worst_tokens=worst,
+            num_worst_tokens=worst or None,
             max_threads=self._num_sms(config),
         )
 

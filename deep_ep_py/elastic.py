@@ -407,7 +407,7 @@ class ElasticBuffer:
             topk_weights=topk_weights,
             plan=plan,
             expert_alignment=plan.expert_alignment,
-            num_worst_tokens=plan.num_output_rows if plan.num_output_rows != plan.num_rows else 0,
+            num_worst_tokens=None if handle._has_host_counts else plan.num_output_rows,
             num_max_tokens_per_rank=plan.num_max_tokens_per_rank,
             max_threads=validate.whole("num_sms", num_sms, 0) or handle.num_sms,
         )
@@ -416,8 +416,8 @@ class ElasticBuffer:
         if not isinstance(handle, EPHandle):
             raise EPArgumentError.of("handle", "the EPHandle that dispatch returned", validate.describe(handle))
         plan = handle._plan
-        if plan.rank_prefix.shape[0] != self.num_ranks or handle._rank != self.rank_idx:
-            made = f"rank {handle._rank} of {plan.rank_prefix.shape[0]}"
+        if plan.num_ranks != self.num_ranks or handle._rank != self.rank_idx:
+            made = f"rank {handle._rank} of {plan.num_ranks}"
             raise EPArgumentError.of("handle", f"one made by rank {self.rank_idx} of {self.num_ranks}", f"one of {made}")
         return plan
 

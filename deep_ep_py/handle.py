@@ -54,7 +54,7 @@ class EPHandle:
         self.num_sms = num_sms
         self.topk_idx = topk_idx
         self.recv_src_metadata = recv_src_metadata
-        num_ranks = plan.rank_prefix.shape[0]
+        num_ranks = plan.num_ranks
         self.num_recv_tokens = plan.num_recv_tokens if has_host_counts else num_ranks * plan.num_max_tokens_per_rank
         self._plan = plan
         self._rank = rank
@@ -95,7 +95,7 @@ def _dst_buffer_slot_idx(handle: EPHandle) -> torch.Tensor:
     last = (ranks >= 0) & ~later
     if handle.do_expand:
         index = torch.zeros_like(ranks)
-        for r in range(plan.rank_prefix.shape[0]):
+        for r in range(plan.num_ranks):
             here = (last & (ranks == r)).any(dim=1)
             index = torch.where((ranks == r), (torch.cumsum(here, 0) - 1).unsqueeze(1), index)
     else:
@@ -167,7 +167,7 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int) -> Plan:
         num_rows=num_rows,
         num_output_rows=recv_src_idx.shape[0],
         num_recv_tokens=num_rows,
-        rank_prefix=prefix,
-        expert_counts=torch.empty(0, dtype=torch.int32, device="cpu"),
+        counts=prefix.flatten(),
+        num_ranks=num_ranks,
         digest=digest,
     )

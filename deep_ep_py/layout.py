@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .types import SHARED_ROW
+from . import _C
+from .errors import EPArgumentError
+from .types import SHARED_ROW, ExpertPlacement
 
 _ROW_MASK = (1 << 32) - 1
 
@@ -29,6 +31,38 @@ def target_rows(targets: torch.Tensor) -> torch.Tensor:
 def primary(targets: torch.Tensor) -> torch.Tensor:
     """[T, W] bool: the targets at which a row moves and is added."""
     return (targets >= 0) & ((targets & SHARED_ROW) == 0)
+
+
+def dispatch_layout(
+    topk_idx: torch.Tensor, placement: ExpertPlacement, num_ranks: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens per rank [R] int32, slots per expert [E] int32 and is_token_in_rank [T, R] bool.
+
+    Args:
+        topk_idx: [T, K] int64, contiguous, -1 for no expert.
+
+    Raises:
+        EPArgumentError: an expert id outside [-1, E).
+    """
+    num_tokens, num_topk = topk_idx.shape
+    per_rank = torch.empty(num_ranks, dtype=torch.int32, device="cpu")
+    per_expert = torch.empty(placement.num_experts, dtype=torch.int32, device="cpu")
+    in_rank = torch.empty((num_tokens, num_ranks), dtype=torch.bool, device="cpu")
+    wrong = _C.dispatch_layout(
+        topk_idx=topk_idx.data_ptr(),
+        num_tokens=num_tokens,
+        num_topk=num_topk,
+        num_ranks=num_ranks,
+        num_experts=placement.num_experts,
+        expert_rank=placement.rank.data_ptr(),
+        expert_local=placement.local.data_ptr(),
+        tokens_per_rank=per_rank.data_ptr(),
+        tokens_per_expert=per_expert.data_ptr(),
+        is_token_in_rank=in_rank.data_ptr(),
+    )
+    if wrong:
+        raise EPArgumentError(wrong, argument="topk_idx")
+    return per_rank, per_expert, in_rank
 
 
 def align(n: int, alignment: int) -> int:

@@ -58,8 +58,8 @@ class Plan:
         num_rows: rows of this rank's output that this plan fills or spans (expanded: alignment gaps included).
         num_output_rows: rows of the output tensors (``num_rows``, or the worst case where counts were not synced).
         num_recv_tokens: unique tokens received, N.
-        rank_prefix: [R, R] int32, entry [s, r]: tokens that sources 0..s send to rank r.
-        expert_counts: [E_local] int32, received slots of each local expert, not aligned.
+        counts: [R * R + E_local] int32: ``rank_prefix`` and ``expert_counts``, packed.
+        num_ranks: R.
         digest: equal on all ranks for one plan, different for different counts; guards against mixed-up handles.
         expert_alignment: the multiple at which expanded blocks start, and to which reported counts are rounded up.
         num_max_tokens_per_rank: M, the stride of global token indices in the metadata.
@@ -70,11 +70,21 @@ class Plan:
     num_rows: int
     num_output_rows: int
     num_recv_tokens: int
-    rank_prefix: torch.Tensor
-    expert_counts: torch.Tensor
+    counts: torch.Tensor
+    num_ranks: int
     digest: int
     expert_alignment: int = 1
     num_max_tokens_per_rank: int = 0
+
+    @property
+    def rank_prefix(self) -> torch.Tensor:
+        """[R, R] int32, entry [s, r]: tokens that sources 0..s send to rank r."""
+        return self.counts[: self.num_ranks * self.num_ranks].view(self.num_ranks, self.num_ranks)
+
+    @property
+    def expert_counts(self) -> torch.Tensor:
+        """[E_local] int32: received slots of each local expert, not aligned."""
+        return self.counts[self.num_ranks * self.num_ranks :]
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +105,7 @@ class DispatchSpec:
         expert_alignment: expanded blocks start at multiples of this many rows.
         zero_padding: zero the alignment gaps.
         col_major_sf: deliver sf column-major, the leading dimension a multiple of 16 bytes (4-byte elements only).
-        num_worst_tokens: rows of the outputs, where they are fixed in advance; 0: exact.
+        num_worst_tokens: rows of the outputs, where they are fixed in advance; None: exact.
         num_max_tokens_per_rank: M, the stride of global token indices in the metadata; 0: the largest token count.
         max_threads: upper bound of copy threads; 0: the default.
     """
@@ -114,7 +124,7 @@ class DispatchSpec:
     expert_alignment: int = 1
     zero_padding: bool = False
     col_major_sf: bool = False
-    num_worst_tokens: int = 0
+    num_worst_tokens: int | None = None
     num_max_tokens_per_rank: int = 0
     max_threads: int = 0
 

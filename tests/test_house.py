@@ -27,7 +27,7 @@ LAYERS = (
     ("errors", "settings", "types", "event"),
     ("reference", "layout", "communicator", "_rows"),
     ("backends",),
-    ("engine", "handle"),
+    ("engine", "handle", "config", "validate", "sizes"),
     ("buffer", "elastic", "autograd"),
     ("compat", "doctor", "__main__", "testing"),
     ("__init__",),

@@ -16,7 +16,7 @@ TIMEOUT_S = 600
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("spin") is None, reason="spin is not installed (Debian: apt install spin)"),
-    pytest.mark.timeout(TIMEOUT_S),  # an exhaustive search takes 3 to 30 s on a core of its own
+    pytest.mark.timeout(TIMEOUT_S),  # an exhaustive search took up to 45 s on a shared core
 ]
 
 

@@ -13,6 +13,8 @@ def plot(record: dict[str, Any], path: str) -> None:
     from matplotlib.figure import Figure
 
     shapes = record["shapes"]
+    if not shapes:
+        raise SystemExit("--plot: no shape was timed, so there is nothing to draw")
     heights = [max(2.4, 0.42 * len(shape["rows"]) + 1.2) for shape in shapes]
     figure = Figure(figsize=(13, sum(heights) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -26,6 +28,7 @@ def plot(record: dict[str, Any], path: str) -> None:
     for shape, (left, right) in zip(shapes, axes, strict=True):
         _over_floor(left, shape)
         _beside_peers(right, shape)
+    figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=9)
     figure.savefig(path, dpi=130)
 
 
@@ -81,5 +84,4 @@ def _beside_peers(axis: Any, shape: dict[str, Any]) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
-    axis.set_title(f"T={shape['num_tokens']}: median, slowest rank, ms (log)", fontsize=9, loc="left")
+    axis.set_title(f"T={shape['num_tokens']}: median time of the slowest rank, ms (log)", fontsize=9)

@@ -6,6 +6,8 @@
 #include <memory>
 
 #include "bindings/dlpack.hpp"
+#include "bindings/errors.hpp"
+#include "bindings/keywords.hpp"
 #include "cpu/engine.hpp"
 
 namespace py = pybind11;
@@ -17,11 +19,6 @@ namespace {
 bool signal_raised() {
   py::gil_scoped_acquire gil;
   return PyErr_CheckSignals() != 0;
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 class PyEngine {
@@ -69,9 +66,9 @@ struct PyFlight {
   std::unique_ptr<DispatchFlight> flight;
 };
 
-Events events_of(const std::vector<std::shared_ptr<PyEvent>>& events) {
+Events events_of(py::handle events) {
   Events out;
-  for (const auto& event : events) out.push_back(event->event);
+  for (py::handle event : events) out.push_back(py::cast<PyEvent&>(event).event);
   return out;
 }
 
@@ -79,130 +76,154 @@ std::shared_ptr<PyEvent> event_of(std::shared_ptr<Event> event) {
   return event ? std::make_shared<PyEvent>(PyEvent{std::move(event)}) : nullptr;
 }
 
-using PyEvents = std::vector<std::shared_ptr<PyEvent>>;
-
-void bind_dispatch(py::class_<PyEngine>& engine) {
-  engine.def(
-      "dispatch_begin",
-      [](PyEngine& self, int layout, bool cached, int64_t num_tokens, int num_slots, int num_topk, uintptr_t topk_idx,
-         uintptr_t topk_weights, bool has_topk, bool has_weights, uintptr_t is_token_in_rank, uintptr_t num_tokens_per_rank,
-         uintptr_t num_tokens_per_expert, int num_experts, int num_local, uintptr_t expert_rank, uintptr_t expert_local,
-         uintptr_t targets, uintptr_t rank_prefix, uintptr_t expert_counts, uint64_t digest, int64_t num_rows,
-         uintptr_t x, int64_t x_stride_bytes, int64_t row_bytes, int64_t hidden, uint64_t dtype, uintptr_t sf,
-         int64_t sf_bytes, int expert_alignment, bool zero_padding, bool mask_weights, int64_t num_worst_tokens,
-         int64_t num_max_tokens_per_rank, int max_threads, bool background, const PyEvents& previous) {
-        DispatchParams p;
-        p.layout = static_cast<Layout>(layout);
-        p.cached = cached;
-        p.num_tokens = num_tokens;
-        p.num_slots = num_slots;
-        p.num_topk = num_topk;
-        p.topk_idx = pointer<int64_t>(topk_idx);
-        p.topk_weights = pointer<float>(topk_weights);
-        p.has_topk = has_topk;
-        p.has_weights = has_weights;
-        p.is_token_in_rank = pointer<uint8_t>(is_token_in_rank);
-        p.num_tokens_per_rank = pointer<int32_t>(num_tokens_per_rank);
-        p.num_tokens_per_expert = pointer<int32_t>(num_tokens_per_expert);
-        Engine& engine_ref = self.get();
-        p.placement = {num_experts, engine_ref.num_ranks(), pointer<int32_t>(expert_rank),
-                       pointer<int32_t>(expert_local)};
-        p.num_local = num_local;
-        p.targets = pointer<int64_t>(targets);
-        p.rank_prefix = pointer<int32_t>(rank_prefix);
-        p.expert_counts = pointer<int32_t>(expert_counts);
-        p.digest = digest;
-        p.num_rows = num_rows;
-        p.x = pointer<void>(x);
-        p.x_stride_bytes = x_stride_bytes;
-        p.row_bytes = row_bytes;
-        p.hidden = hidden;
-        p.dtype = dtype;
-        p.sf = pointer<void>(sf);
-        p.sf_bytes = sf_bytes;
-        p.expert_alignment = expert_alignment;
-        p.zero_padding = zero_padding;
-        p.mask_weights = mask_weights;
-        p.num_worst_tokens = num_worst_tokens;
-        p.num_max_tokens_per_rank = num_max_tokens_per_rank;
-        p.max_threads = max_threads;
-        p.background = background;
-        const Events after = events_of(previous);
-        py::gil_scoped_release unlocked;
-        return PyFlight{engine_ref.dispatch_begin(p, after, signal_raised)};
-      },
-      py::kw_only(), py::arg("layout"), py::arg("cached"), py::arg("num_tokens"), py::arg("num_slots"),
-      py::arg("num_topk"), py::arg("topk_idx"), py::arg("topk_weights"), py::arg("has_topk"), py::arg("has_weights"), py::arg("is_token_in_rank"),
-      py::arg("num_tokens_per_rank"), py::arg("num_tokens_per_expert"), py::arg("num_experts"), py::arg("num_local"),
-      py::arg("expert_rank"), py::arg("expert_local"), py::arg("targets"), py::arg("rank_prefix"),
-      py::arg("expert_counts"), py::arg("digest"), py::arg("num_rows"), py::arg("x"), py::arg("x_stride_bytes"),
-      py::arg("row_bytes"), py::arg("hidden"), py::arg("dtype"), py::arg("sf"), py::arg("sf_bytes"),
-      py::arg("expert_alignment"), py::arg("zero_padding"), py::arg("mask_weights"), py::arg("num_worst_tokens"),
-      py::arg("num_max_tokens_per_rank"), py::arg("max_threads"), py::arg("background"), py::arg("previous"));
-  engine.def(
-      "dispatch_move",
-      [](PyEngine& self, PyFlight& flight, uintptr_t recv_x, uintptr_t recv_sf, int64_t recv_sf_leading,
-         uintptr_t recv_topk_idx, uintptr_t recv_topk_weights, uintptr_t recv_meta) {
-        DispatchOutputs out;
-        out.recv_x = pointer<void>(recv_x);
-        out.recv_sf = pointer<void>(recv_sf);
-        out.recv_sf_leading = recv_sf_leading;
-        out.recv_topk_idx = pointer<int64_t>(recv_topk_idx);
-        out.recv_topk_weights = pointer<float>(recv_topk_weights);
-        out.recv_meta = pointer<int32_t>(recv_meta);
-        Engine& engine_ref = self.get();
-        {
-          py::gil_scoped_release unlocked;
-          engine_ref.dispatch_move(*flight.flight, out, {}, signal_raised);
-        }
-        return event_of(flight.flight->event);
-      },
-      py::kw_only(), py::arg("flight"), py::arg("recv_x"), py::arg("recv_sf"), py::arg("recv_sf_leading"),
-      py::arg("recv_topk_idx"), py::arg("recv_topk_weights"), py::arg("recv_meta"));
+PyObject* dispatch_begin(PyEngine& self, Values& v) {
+  DispatchParams p;
+  p.layout = static_cast<Layout>(v.integer());
+  p.cached = v.flag();
+  p.num_tokens = v.integer();
+  p.num_slots = static_cast<int>(v.integer());
+  p.num_topk = static_cast<int>(v.integer());
+  p.topk_idx = v.pointer<int64_t>();
+  p.topk_weights = v.pointer<float>();
+  p.has_topk = v.flag();
+  p.has_weights = v.flag();
+  p.is_token_in_rank = v.pointer<uint8_t>();
+  p.num_tokens_per_rank = v.pointer<int32_t>();
+  p.num_tokens_per_expert = v.pointer<int32_t>();
+  Engine& engine = self.get();
+  p.placement.num_experts = static_cast<int>(v.integer());
+  p.placement.num_ranks = engine.num_ranks();
+  p.num_local = static_cast<int>(v.integer());
+  p.placement.rank = v.pointer<int32_t>();
+  p.placement.local = v.pointer<int32_t>();
+  p.targets = v.pointer<int64_t>();
+  p.rank_prefix = v.pointer<int32_t>();
+  p.expert_counts = p.rank_prefix + static_cast<size_t>(engine.num_ranks()) * engine.num_ranks();
+  p.digest = v.unsigned_integer();
+  p.num_rows = v.integer();
+  p.x = v.pointer<void>();
+  p.x_stride_bytes = v.integer();
+  p.row_bytes = v.integer();
+  p.hidden = v.integer();
+  p.dtype = v.unsigned_integer();
+  p.sf = v.pointer<void>();
+  p.sf_bytes = v.integer();
+  p.expert_alignment = static_cast<int>(v.integer());
+  p.zero_padding = v.flag();
+  p.mask_weights = v.flag();
+  p.num_worst_tokens = v.integer();
+  p.num_max_tokens_per_rank = v.integer();
+  p.max_threads = static_cast<int>(v.integer());
+  p.background = v.flag();
+  const Events after = events_of(v.object());
+  PyFlight flight;
+  {
+    py::gil_scoped_release unlocked;
+    flight.flight = engine.dispatch_begin(p, after, signal_raised);
+  }
+  return py::cast(std::move(flight)).release().ptr();
 }
 
-void bind_combine(py::class_<PyEngine>& engine) {
-  engine.def(
-      "combine",
-      [](PyEngine& self, int layout, int64_t num_tokens, int num_slots, uintptr_t targets, uint64_t digest, uintptr_t y,
-         int64_t y_rows, int64_t y_stride_bytes, int64_t row_bytes, int64_t hidden, int dtype, uintptr_t weights,
-         int num_weights, const std::vector<uintptr_t>& bias, bool reduce_per_rank, uintptr_t out,
-         uintptr_t out_weights, int max_threads, bool background, const PyEvents& previous) {
-        CombineParams p;
-        p.layout = static_cast<Layout>(layout);
-        p.num_tokens = num_tokens;
-        p.num_slots = num_slots;
-        p.targets = pointer<int64_t>(targets);
-        p.digest = digest;
-        p.y = pointer<void>(y);
-        p.y_rows = y_rows;
-        p.y_stride_bytes = y_stride_bytes;
-        p.row_bytes = row_bytes;
-        p.hidden = hidden;
-        p.dtype = static_cast<RowType>(dtype);
-        p.weights = pointer<float>(weights);
-        p.num_weights = num_weights;
-        p.num_bias = static_cast<int>(bias.size());
-        for (size_t i = 0; i < bias.size() && i < 2; ++i) p.bias[i] = pointer<void>(bias[i]);
-        p.reduce_per_rank = reduce_per_rank;
-        p.out = pointer<void>(out);
-        p.out_weights = pointer<float>(out_weights);
-        p.max_threads = max_threads;
-        p.background = background;
-        const Events after = events_of(previous);
-        Engine& engine_ref = self.get();
-        std::shared_ptr<Event> event;
-        {
-          py::gil_scoped_release unlocked;
-          event = engine_ref.combine(p, after, signal_raised);
-        }
-        return event_of(std::move(event));
-      },
-      py::kw_only(), py::arg("layout"), py::arg("num_tokens"), py::arg("num_slots"), py::arg("targets"),
-      py::arg("digest"), py::arg("y"), py::arg("y_rows"), py::arg("y_stride_bytes"), py::arg("row_bytes"),
-      py::arg("hidden"), py::arg("dtype"), py::arg("weights"), py::arg("num_weights"), py::arg("bias"),
-      py::arg("reduce_per_rank"), py::arg("out"), py::arg("out_weights"), py::arg("max_threads"),
-      py::arg("background"), py::arg("previous"));
+PyObject* dispatch_move(PyEngine& self, Values& v) {
+  auto& flight = *py::cast<PyFlight&>(py::handle(v.object())).flight;
+  DispatchOutputs out;
+  out.recv_x = v.pointer<void>();
+  out.recv_sf = v.pointer<void>();
+  out.recv_sf_leading = v.integer();
+  out.recv_topk_idx = v.pointer<int64_t>();
+  out.recv_topk_weights = v.pointer<float>();
+  out.recv_meta = v.pointer<int32_t>();
+  Engine& engine = self.get();
+  {
+    py::gil_scoped_release unlocked;
+    engine.dispatch_move(flight, out, {}, signal_raised);
+  }
+  return py::cast(event_of(flight.event)).release().ptr();
+}
+
+PyObject* combine(PyEngine& self, Values& v) {
+  CombineParams p;
+  p.layout = static_cast<Layout>(v.integer());
+  p.num_tokens = v.integer();
+  p.num_slots = static_cast<int>(v.integer());
+  p.targets = v.pointer<int64_t>();
+  p.digest = v.unsigned_integer();
+  p.y = v.pointer<void>();
+  p.y_rows = v.integer();
+  p.y_stride_bytes = v.integer();
+  p.row_bytes = v.integer();
+  p.hidden = v.integer();
+  p.dtype = static_cast<RowType>(v.integer());
+  p.weights = v.pointer<float>();
+  p.num_weights = static_cast<int>(v.integer());
+  p.num_bias = static_cast<int>(v.integer());
+  p.bias[0] = v.pointer<void>();
+  p.bias[1] = v.pointer<void>();
+  p.reduce_per_rank = v.flag();
+  p.out = v.pointer<void>();
+  p.out_weights = v.pointer<float>();
+  p.max_threads = static_cast<int>(v.integer());
+  p.background = v.flag();
+  const Events after = events_of(v.object());
+  Engine& engine = self.get();
+  std::shared_ptr<Event> event;
+  {
+    py::gil_scoped_release unlocked;
+    event = engine.combine(p, after, signal_raised);
+  }
+  return py::cast(event_of(std::move(event))).release().ptr();
+}
+
+// The three calls of every step, as methods of the C API that read their keywords by identity (keywords.hpp).
+template <PyObject* (*Body)(PyEngine&, Values&)>
+struct Method {
+  static Keywords* keywords;
+
+  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t num_positional, PyObject* kwnames) {
+    try {
+      Values values(keywords->parse(args, num_positional, kwnames));
+      return Body(py::cast<PyEngine&>(py::handle(self)), values);
+    } catch (const Error& error) {
+      set_python_error(error);
+    } catch (py::error_already_set& error) {
+      error.restore();
+    } catch (const py::builtin_exception& error) {
+      error.set_error();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+  }
+
+  // Name, signature and definition live as long as the interpreter, as the C API wants it.
+  static void add(py::handle type, const char* name, const std::vector<std::string>& arguments) {
+    keywords = new Keywords(name, arguments);
+    static const std::string signature = keywords->text_signature();
+    static PyMethodDef definition = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)),
+                                     METH_FASTCALL | METH_KEYWORDS, signature.c_str()};
+    PyObject* method = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &definition);
+    if (method == nullptr) throw py::error_already_set();
+    type.attr(name) = py::reinterpret_steal<py::object>(method);
+  }
+};
+template <PyObject* (*Body)(PyEngine&, Values&)>
+Keywords* Method<Body>::keywords = nullptr;
+
+void add_operations(py::handle type) {
+  Method<&dispatch_begin>::add(
+      type, "dispatch_begin",
+      {"layout", "cached", "num_tokens", "num_slots", "num_topk", "topk_idx", "topk_weights", "has_topk", "has_weights",
+       "is_token_in_rank", "num_tokens_per_rank", "num_tokens_per_expert", "num_experts", "num_local", "expert_rank",
+       "expert_local", "targets", "counts", "digest", "num_rows", "x", "x_stride_bytes", "row_bytes", "hidden", "dtype",
+       "sf", "sf_bytes", "expert_alignment", "zero_padding", "mask_weights", "num_worst_tokens",
+       "num_max_tokens_per_rank", "max_threads", "background", "previous"});
+  Method<&dispatch_move>::add(type, "dispatch_move",
+                              {"flight", "recv_x", "recv_sf", "recv_sf_leading", "recv_topk_idx", "recv_topk_weights",
+                               "recv_meta"});
+  Method<&combine>::add(type, "combine",
+                        {"layout", "num_tokens", "num_slots", "targets", "digest", "y", "y_rows", "y_stride_bytes",
+                         "row_bytes", "hidden", "dtype", "weights", "num_weights", "num_bias", "bias0", "bias1",
+                         "reduce_per_rank", "out", "out_weights", "max_threads", "background", "previous"});
 }
 
 py::dict statistics(PyEngine& self) {
@@ -336,8 +357,7 @@ void bind_engine(py::module_& m) {
              });
            },
            py::arg("hook"));
-  bind_dispatch(engine);
-  bind_combine(engine);
+  add_operations(engine);
 }
 
 }  // namespace deep_ep

@@ -8,9 +8,8 @@
 namespace py = pybind11;
 
 namespace deep_ep {
-namespace {
 
-void raise(const Error& error) {
+void set_python_error(const Error& error) {
   if (error.kind == ErrorKind::interrupted) {
     // PyErr_CheckSignals has left the handler's exception (usually KeyboardInterrupt) in this thread.
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_KeyboardInterrupt, error.what());
@@ -54,14 +53,12 @@ void raise(const Error& error) {
   PyErr_SetObject(type.ptr(), instance.ptr());
 }
 
-}  // namespace
-
 void register_error_translator() {
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const Error& error) {
-      raise(error);
+      set_python_error(error);
     }
   });
 }

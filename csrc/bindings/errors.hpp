@@ -3,6 +3,10 @@
 
 namespace deep_ep {
 
+struct Error;
+
 void register_error_translator();
+// Sets the Python error of the interpreter's current thread.
+void set_python_error(const Error& error);
 
 }  // namespace deep_ep

@@ -135,6 +135,11 @@ void Engine::combine_now(const CombineParams& p, Step& step) {
   std::copy(std::begin(fields), std::end(fields), record.fields);
   record.blocks[kRows] = rows;
   if (weights) record.blocks[kWeightRows] = weights->ref();
+  const BlockRef weight_rows = record.blocks[kWeightRows];
+  const bool in_place = rows.bytes > 0 && !copy;
+  // From here on they belong to their readers: whatever happens below, nobody gets them before all have released.
+  if (copy) lent_.emplace_back(step.where.seq, std::move(copy));
+  if (weights) lent_.emplace_back(step.where.seq, std::move(weights));
   publish(step);
   enter(step, "notify");
   const std::vector<Record> records = rendezvous(step);
@@ -142,21 +147,19 @@ void Engine::combine_now(const CombineParams& p, Step& step) {
   // Who may be reading our rows now: every peer, until it stores our number in `released`.
   enter(step, "pull");
   reduce(p, records);
+  // A peer that gave up meanwhile may have let its user write to rows we were reading: then the sums are worth nothing.
+  peers_.raise_if_poisoned(step.where);
 
   enter(step, "release");
   peers_.signal_all(&Inbox::released, step.where.seq);
   // In place, the rows are the user's, who may write to them when we return. And a segment that is new with this
   // operation can be mapped only while we live. In both cases stay until everybody is done.
-  const bool in_place = rows.bytes > 0 && !copy;
-  const BlockRef weight_rows = weights ? weights->ref() : BlockRef{};
   if (in_place || !mapped_by_all(rows) || !mapped_by_all(weight_rows)) {
     enter(step, "release wait");
     peers_.wait(&Inbox::released, step.where.seq, step.where, *step.interrupted);
     note_mapped(rows);
     note_mapped(weight_rows);
   }
-  if (copy) lent_.emplace_back(step.where.seq, std::move(copy));
-  if (weights) lent_.emplace_back(step.where.seq, std::move(weights));
 }
 
 void Engine::reduce(const CombineParams& p, const std::vector<Record>& records) {

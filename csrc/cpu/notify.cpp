@@ -64,9 +64,9 @@ void Engine::make_offers(DispatchFlight& flight, Record& record, const Counts& c
                              : std::accumulate(counts.per_rank.begin(), counts.per_rank.end(), int64_t{0});
     rows = expected_rows_ > 0 ? expected_rows_ + expected_rows_ / 8 + 16 : sent + 16;
   }
-  const int64_t output_rows = p.num_worst_tokens > 0 ? p.num_worst_tokens : rows;
+  const int64_t output_rows = p.num_worst_tokens >= 0 ? p.num_worst_tokens : rows;
   flight.staged = heap_->over_limit(static_cast<uint64_t>(output_rows) * (p.row_bytes + p.sf_bytes));
-  const bool fixed = (p.cached || p.num_worst_tokens > 0) && !flight.staged;
+  const bool fixed = (p.cached || p.num_worst_tokens >= 0) && !flight.staged;
   const int64_t offered = fixed ? output_rows : rows;
   const bool weights = p.has_weights;
   const auto small = p.cached ? static_cast<uint64_t>(weights ? rows * (p.layout == Layout::expand ? 1 : p.num_topk) * 4
@@ -94,7 +94,7 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
   Record& record = next_record(step);
   const int64_t fields[kNumFields] = {static_cast<int64_t>(p.layout), p.hidden, static_cast<int64_t>(p.dtype), p.sf_bytes, p.num_topk,
                                             p.placement.num_experts, p.has_topk, p.has_weights,
-                                            p.expert_alignment, p.num_worst_tokens > 0 && !p.cached,
+                                            p.expert_alignment, p.num_worst_tokens >= 0 && !p.cached,
                                             p.num_max_tokens_per_rank, static_cast<int64_t>(p.digest), p.num_tokens,
                                             p.num_worst_tokens};
   std::copy(std::begin(fields), std::end(fields), record.fields);
@@ -150,7 +150,7 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
     for (int r = 0; r < num_ranks; ++r) {
       const int64_t rows = expand ? flight.expanded.rows[r] : flight.matrix.tokens_to(r);
       const int64_t worst = records[r].fields[kWorstRows];
-      if (worst > 0 && rows > worst)
+      if (worst >= 0 && rows > worst)
         throw argument_error(
             "num_worst_tokens",
             "num_worst_tokens: rank " + std::to_string(r) + " receives " + std::to_string(rows) + " rows, its outputs have " +
@@ -163,7 +163,7 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
                    p.num_slots, p.targets);
     expected_rows_ = flight.num_rows;
   }
-  flight.num_output_rows = p.num_worst_tokens > 0 ? p.num_worst_tokens : flight.num_rows;
+  flight.num_output_rows = p.num_worst_tokens >= 0 ? p.num_worst_tokens : flight.num_rows;
 
   // Everybody knows the exact counts now, so nobody will touch the tails: they go back at once.
   const int64_t kept = flight.staged ? flight.num_rows : flight.num_output_rows;

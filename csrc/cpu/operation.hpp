@@ -56,7 +56,7 @@ struct DispatchParams {
   int expert_alignment = 1;
   bool zero_padding = false;
   bool mask_weights = false;
-  int64_t num_worst_tokens = 0;
+  int64_t num_worst_tokens = -1;  // rows of the output, fixed in advance; -1: exact
   int64_t num_max_tokens_per_rank = 0;  // 0: the largest token count of this call
   int max_threads = 0;
   bool background = false;

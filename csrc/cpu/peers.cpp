@@ -207,8 +207,7 @@ void Peers::wait(std::atomic<uint64_t> Inbox::*word, uint64_t seq, const Where& 
 void Peers::check_peers(const std::vector<int>& missing, std::atomic<uint64_t> Inbox::*word, uint64_t seq,
                         const Where& where) {
   if (cancelled_.load(std::memory_order_acquire)) throw Error(ErrorKind::general, cancel_reason_);
-  for (int r = 0; r < num_ranks(); ++r)
-    if (r != rank() && of(r).poison.state.load(std::memory_order_acquire)) raise_poison(r, where);
+  raise_if_poisoned(where);
   std::vector<int> gone;
   const char* how = "died";
   for (int r : missing) {
@@ -232,6 +231,11 @@ void Peers::check_peers(const std::vector<int>& missing, std::atomic<uint64_t> I
   error.ranks = gone;
   error.how = how;
   throw error;
+}
+
+void Peers::raise_if_poisoned(const Where& where) {
+  for (int r = 0; r < num_ranks(); ++r)
+    if (r != rank() && of(r).poison.state.load(std::memory_order_acquire)) raise_poison(r, where);
 }
 
 void Peers::raise_poison(int culprit, const Where& where) {

@@ -80,6 +80,8 @@ class Peers {
   void wait(std::atomic<uint64_t> Inbox::*word, uint64_t seq, const Where& where, const Interrupted& interrupted,
             const std::vector<int>* sources = nullptr);
 
+  // Throws what a peer gave the buffer up for, if one did.
+  void raise_if_poisoned(const Where& where);
   // Give the buffer up: peers that wait, or will, raise the same error.
   void poison(const Error& error, Op op);
   void close();

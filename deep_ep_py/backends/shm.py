@@ -129,13 +129,13 @@ class ShmBackend:
         topk_idx, weights = spec.topk_idx, spec.topk_weights
         num_topk = topk_idx.shape[1] if topk_idx is not None else weights.shape[1] if weights is not None else 0
         if plan is not None:
-            targets, prefix, counts = plan.targets, plan.rank_prefix, plan.expert_counts
+            targets, counts = plan.targets, plan.counts
         else:
             assert placement is not None
             width = self.num_ranks if spec.layout == "rank" else num_topk
             targets = torch.empty((num_tokens, width), dtype=torch.int64, device="cpu")
-            prefix = torch.empty((self.num_ranks, self.num_ranks), dtype=torch.int32, device="cpu")
-            counts = torch.empty(placement.num_local[self.rank], dtype=torch.int32, device="cpu")
+            num_counts = self.num_ranks * self.num_ranks + placement.num_local[self.rank]
+            counts = torch.empty(num_counts, dtype=torch.int32, device="cpu")
         flight = self._engine.dispatch_begin(
             layout=_LAYOUT[spec.layout],
             cached=plan is not None,
@@ -150,12 +150,11 @@ class ShmBackend:
             num_tokens_per_rank=_address(spec.num_tokens_per_rank),
             num_tokens_per_expert=_address(spec.num_tokens_per_expert),
             num_experts=0 if placement is None else placement.num_experts,
-            num_local=counts.numel(),
+            num_local=counts.numel() - self.num_ranks * self.num_ranks,
             expert_rank=0 if placement is None else placement.rank.data_ptr(),
             expert_local=0 if placement is None else placement.local.data_ptr(),
             targets=targets.data_ptr(),
-            rank_prefix=prefix.data_ptr(),
-            expert_counts=counts.data_ptr(),
+            counts=counts.data_ptr(),
             digest=0 if plan is None else plan.digest,
             num_rows=0 if plan is None else plan.num_rows,
             x=x.data_ptr(),
@@ -168,7 +167,7 @@ class ShmBackend:
             expert_alignment=spec.expert_alignment,
             zero_padding=spec.zero_padding,
             mask_weights=spec.mask_weights,
-            num_worst_tokens=spec.num_worst_tokens,
+            num_worst_tokens=-1 if spec.num_worst_tokens is None else spec.num_worst_tokens,
             num_max_tokens_per_rank=spec.num_max_tokens_per_rank,
             max_threads=spec.max_threads,
             background=background,
@@ -182,8 +181,8 @@ class ShmBackend:
                 num_rows=flight.num_rows,
                 num_output_rows=rows,
                 num_recv_tokens=flight.num_recv_tokens,
-                rank_prefix=prefix,
-                expert_counts=counts,
+                counts=counts,
+                num_ranks=self.num_ranks,
                 digest=flight.digest,
                 expert_alignment=spec.expert_alignment,
                 num_max_tokens_per_rank=flight.num_max_tokens_per_rank,
@@ -213,7 +212,7 @@ class ShmBackend:
         if not cached:
             if spec.layout == "rank":
                 meta_shape: tuple[int, ...] = (rows,)
-            elif spec.num_worst_tokens > 0:
+            elif spec.num_worst_tokens is not None:
                 meta_shape = (self.num_ranks * plan.num_max_tokens_per_rank, 2 + num_topk)
             else:
                 meta_shape = (plan.num_recv_tokens, 2 + num_topk)
@@ -276,7 +275,9 @@ class ShmBackend:
             dtype=_ROW_TYPES[y.dtype],
             weights=_address(weights),
             num_weights=0 if weights is None else weights.shape[1] if weights.dim() == 2 else 1,
-            bias=[b.data_ptr() for b in spec.bias],
+            num_bias=len(spec.bias),
+            bias0=spec.bias[0].data_ptr() if spec.bias else 0,
+            bias1=spec.bias[1].data_ptr() if len(spec.bias) > 1 else 0,
             reduce_per_rank=spec.reduce_per_rank,
             out=out.combined_x.data_ptr(),
             out_weights=_address(out.combined_topk_weights),

@@ -72,6 +72,9 @@ void rank_body(int rank, Engine& engine, const WorldOptions& options, int64_t op
         expect_error(ErrorKind::argument, "no such thing", [&] { engine.barrier(nullptr); });
     }
     auto exchange = std::make_unique<Exchange>(Routing(mix(options.seed, i), options.num_ranks), rank);
+    if (dice.one_in(4) && exchange->most_rows() > 1)
+      // Refused after the rendezvous: each rank raises as soon as it has read its peers' counts, and goes on at once.
+      expect_error(ErrorKind::argument, "num_worst_tokens", [&] { exchange->dispatch(engine, false, false, 1); });
     const bool background = dice.one_in(4);
     exchange->dispatch(engine, false, background);
     const bool cached = dice.one_in(3), again = dice.one_in(2);
@@ -79,7 +82,8 @@ void rank_body(int rank, Engine& engine, const WorldOptions& options, int64_t op
       if (background) EXPECT(exchange->event()->wait(nullptr), "interrupted");
       exchange->check("dispatch");
     } else {  // a combine behind it; what dispatch delivered is complete by then
-      while (!exchange->event()->done()) usleep(100);
+      while (!exchange->event()->done())
+        usleep(100);
     }
     if (cached) {
       const bool behind = dice.one_in(3);
@@ -103,9 +107,11 @@ void rank_body(int rank, Engine& engine, const WorldOptions& options, int64_t op
     }
   }
   engine.barrier(nullptr);
-  for (Kept& k : kept) k.exchange->check("kept to the end");
+  for (Kept& k : kept)
+    k.exchange->check("kept to the end");
   engine.close(1, nullptr);
-  for (Kept& k : kept) k.exchange->check("kept after the engine was closed");
+  for (Kept& k : kept)
+    k.exchange->check("kept after the engine was closed");
   const auto statistics = engine.statistics();
   EXPECT(operations < 100 || options.num_ranks == 1 || statistics.second_records > 0, "no offer was ever too small");
   EXPECT(operations < 100 || statistics.copied_combine_inputs > 0, "no combine had to copy");
@@ -138,4 +144,6 @@ int run(int64_t operations) {
 }  // namespace
 }  // namespace deep_ep_test
 
-int main(int argc, char** argv) { return deep_ep_test::run(argc > 1 ? std::atoll(argv[1]) : 400); }
+int main(int argc, char** argv) {
+  return deep_ep_test::run(argc > 1 ? std::atoll(argv[1]) : 400);
+}

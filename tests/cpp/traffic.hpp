@@ -39,7 +39,8 @@ struct Routing {
     for (int r = 0; r < num_ranks; ++r) {
       num_tokens.push_back(nothing ? 0 : large ? dice.below(400) : dice.below(12));
       topk_idx.emplace_back();
-      for (int64_t i = 0; i < num_tokens[r] * num_topk; ++i) topk_idx[r].push_back(dice.below(num_experts + 1) - 1);
+      for (int64_t i = 0; i < num_tokens[r] * num_topk; ++i)
+        topk_idx[r].push_back(dice.below(num_experts + 1) - 1);
     }
   }
 
@@ -86,7 +87,8 @@ inline std::vector<Arrival> arrivals(const Routing& routing, int rank) {
           const int64_t e = routing.expert(s, t, k);
           if (e >= 0 && routing.expert_rank[e] == rank && routing.expert_local[e] == local) rows.push_back({s, t, k});
         }
-    while (rows.size() % routing.alignment) rows.push_back({});
+    while (rows.size() % routing.alignment)
+      rows.push_back({});
   }
   return rows;
 }
@@ -103,21 +105,30 @@ class Exchange {
     for (const int64_t e : routing.topk_idx[rank])
       if (e >= 0) ++per_expert_[e];
     for (int64_t t = 0; t < tokens; ++t)
-      for (int r = 0; r < routing.num_ranks; ++r) in_rank_.push_back(routing.goes_to(rank, t, r));
+      for (int r = 0; r < routing.num_ranks; ++r)
+        in_rank_.push_back(routing.goes_to(rank, t, r));
     x_.resize(static_cast<size_t>(tokens * routing.hidden));
-    for (int64_t i = 0; i < tokens * routing.hidden; ++i) x_[i] = routing.x(rank, i / routing.hidden, i % routing.hidden);
+    for (int64_t i = 0; i < tokens * routing.hidden; ++i)
+      x_[i] = routing.x(rank, i / routing.hidden, i % routing.hidden);
     for (int64_t i = 0; i < tokens * routing.num_topk; ++i)
       weights_.push_back(routing.weight(rank, i / routing.num_topk, static_cast<int>(i % routing.num_topk)));
   }
 
   const Routing& routing() const { return routing_; }
   int64_t num_rows() const { return static_cast<int64_t>(expected_.size()); }
+  // Of any rank.
+  int64_t most_rows() const {
+    size_t most = 0;
+    for (int r = 0; r < routing_.num_ranks; ++r)
+      most = std::max(most, arrivals(routing_, r).size());
+    return static_cast<int64_t>(most);
+  }
   float* rows() { return reinterpret_cast<float*>(block_ ? block_->data : ordinary_.data()); }
   bool in_heap() const { return block_ != nullptr; }
   const std::shared_ptr<deep_ep::Event>& event() const { return flight_->event; }
 
   // Begins (and, but for the background, ends) a dispatch; `cached` repeats the plan of the first.
-  void dispatch(deep_ep::Engine& engine, bool cached, bool background) {
+  void dispatch(deep_ep::Engine& engine, bool cached, bool background, int64_t num_worst_tokens = 0) {
     deep_ep::DispatchParams p;
     const int64_t tokens = routing_.num_tokens[rank_];
     p.layout = routing_.layout;
@@ -127,7 +138,8 @@ class Exchange {
     p.num_topk = routing_.num_topk;
     if (!cached) {
       p.topk_idx = routing_.topk_idx[rank_].data();
-      p.placement = {routing_.num_experts, routing_.num_ranks, routing_.expert_rank.data(), routing_.expert_local.data()};
+      p.placement = {routing_.num_experts, routing_.num_ranks, routing_.expert_rank.data(),
+                     routing_.expert_local.data()};
       if (routing_.layout == Layout::rank) {
         p.is_token_in_rank = in_rank_.data();
         p.num_tokens_per_expert = per_expert_.data();
@@ -149,6 +161,7 @@ class Exchange {
     p.expert_alignment = routing_.alignment;
     p.zero_padding = routing_.layout == Layout::expand;
     p.background = background;
+    p.num_worst_tokens = num_worst_tokens;
     flight_ = engine.dispatch_begin(p, {}, nullptr);
     EXPECT(flight_->num_rows == num_rows(), "rank %d: %lld rows, expected %lld", rank_, (long long)flight_->num_rows,
            (long long)num_rows());
@@ -193,7 +206,8 @@ class Exchange {
       }
       if (cached_ || a.source < 0) continue;
       if (!recv_weights_.empty() && routing_.layout == Layout::expand)
-        EXPECT(recv_weights_[i] == routing_.weight(a.source, a.token, a.slot), "%s: weight of row %lld", when, (long long)i);
+        EXPECT(recv_weights_[i] == routing_.weight(a.source, a.token, a.slot), "%s: weight of row %lld", when,
+               (long long)i);
       if (routing_.layout == Layout::expand) continue;
       const int64_t width = routing_.layout == Layout::rank ? 1 : 2 + topk;
       const int64_t global = routing_.layout == Layout::rank ? a.token : a.source * max_tokens_ + a.token;
@@ -201,7 +215,8 @@ class Exchange {
       for (int k = 0; k < topk; ++k) {
         const int64_t e = routing_.expert(a.source, a.token, k);
         const bool mine = e >= 0 && routing_.expert_rank[e] == rank_;
-        EXPECT(recv_idx_[i * topk + k] == (mine ? routing_.expert_local[e] : -1), "%s: expert of row %lld", when, (long long)i);
+        EXPECT(recv_idx_[i * topk + k] == (mine ? routing_.expert_local[e] : -1), "%s: expert of row %lld", when,
+               (long long)i);
         if (recv_weights_.empty()) continue;
         const float want = mine || routing_.layout == Layout::topk ? routing_.weight(a.source, a.token, k) : 0;
         EXPECT(recv_weights_[i * topk + k] == want, "%s: weights of row %lld", when, (long long)i);
@@ -213,7 +228,8 @@ class Exchange {
   deep_ep::CombineParams combine(float* y, uint64_t salt, std::vector<float>* out, std::vector<float>* weights,
                                  std::vector<float>* out_weights) const {
     const int hidden = routing_.hidden;
-    for (int64_t i = 0; i < num_rows() * hidden; ++i) y[i] = routing_.y(salt, rank_, i / hidden, i % hidden);
+    for (int64_t i = 0; i < num_rows() * hidden; ++i)
+      y[i] = routing_.y(salt, rank_, i / hidden, i % hidden);
     deep_ep::CombineParams p;
     p.layout = routing_.layout;
     p.num_tokens = routing_.num_tokens[rank_];
@@ -231,7 +247,8 @@ class Exchange {
     if (routing_.weights) {
       p.num_weights = routing_.layout == Layout::expand ? 1 : routing_.num_topk;
       weights->resize(static_cast<size_t>(num_rows() * p.num_weights) + 1);
-      for (size_t i = 0; i < weights->size(); ++i) (*weights)[i] = routing_.y(salt ^ 9, rank_, static_cast<int64_t>(i), 0);
+      for (size_t i = 0; i < weights->size(); ++i)
+        (*weights)[i] = routing_.y(salt ^ 9, rank_, static_cast<int64_t>(i), 0);
       const int64_t columns = routing_.layout == Layout::rank ? p.num_weights : routing_.num_topk;
       out_weights->assign(static_cast<size_t>(p.num_tokens * columns) + 1, -1);
       p.weights = weights->data();
@@ -265,7 +282,8 @@ class Exchange {
           return routing_.y(salt ^ 9, deep_ep::target_rank(targets[k]), row + column, 0);
         };
         if (routing_.layout == Layout::rank)
-          for (int j = 0; j < columns; ++j) want[j] += weight(j);
+          for (int j = 0; j < columns; ++j)
+            want[j] += weight(j);
         else
           want[k] = weight(routing_.layout == Layout::topk ? k : 0);
       }

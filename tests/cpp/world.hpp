@@ -21,13 +21,13 @@ namespace deep_ep_test {
 
 inline std::atomic<int> failures{0};
 
-#define EXPECT(condition, ...)                                          \
-  do {                                                                  \
-    if (!(condition) && deep_ep_test::failures.fetch_add(1) < 20) {     \
+#define EXPECT(condition, ...)                                             \
+  do {                                                                     \
+    if (!(condition) && deep_ep_test::failures.fetch_add(1) < 20) {        \
       std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                \
-      std::fprintf(stderr, "\n");                                       \
-    }                                                                   \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+    }                                                                      \
   } while (0)
 
 // Equal on every rank that asks with the same words: ranks know each other's inputs without telling.
@@ -85,8 +85,10 @@ inline bool run_world(const WorldOptions& options, const std::function<void(int,
     engines.push_back(std::make_unique<deep_ep::Engine>(o));
     addresses.push_back(engines.back()->endpoint());
   }
-  for (auto& engine : engines) engine->connect(addresses);
-  for (auto& engine : engines) engine->map_heaps();
+  for (auto& engine : engines)
+    engine->connect(addresses);
+  for (auto& engine : engines)
+    engine->map_heaps();
   std::atomic<bool> sound{true};
   std::vector<std::thread> threads;
   for (int r = 0; r < n; ++r)
@@ -109,7 +111,8 @@ inline bool run_world(const WorldOptions& options, const std::function<void(int,
       // Peers may still read what this rank lent: it leaves when all are done.
       engine.close(1, nullptr);
     });
-  for (auto& thread : threads) thread.join();
+  for (auto& thread : threads)
+    thread.join();
   return sound;
 }
 

@@ -44,7 +44,7 @@ def shm_settings(**fields: Any) -> Settings:
 
 @dataclass
 class Rank:
-    """What became of one rank. ``said``: what it told by ``tell`` (the last of each key); ``exitcode``: -9 if killed."""
+    """What became of one rank. ``said``: what it told, the last of each key; ``exitcode``: -9 if it was killed."""
 
     pid: int
     result: Any = None
@@ -71,7 +71,7 @@ def run_world(
     watch: Callable[[list[Rank]], None] | None = None,
     timeout_seconds: float = 45.0,
 ) -> list[Rank]:
-    """Call ``fn(world, *args)`` in a process per rank. Ranks in ``lost`` are not waited for: the test kills or stops them.
+    """Call ``fn(world, *args)`` in a process per rank. Those in ``lost`` are not waited for: they die.
 
     ``watch(ranks)`` is called again and again while they run (to send signals). Afterwards every process is gone, and
     neither a file in their temporary folder nor one of our segments' names in /dev/shm is left; whatever fails or is
@@ -79,7 +79,7 @@ def run_world(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "deep_ep_py", "deep_ep_py.testing"])
-    shared_before = set(os.listdir("/dev/shm"))
+    shared_before = set(names_in("/dev/shm"))
     with tempfile.TemporaryDirectory(prefix="fault_world_") as folder:
         store, scratch = Path(folder) / "store", Path(folder) / "tmp"
         scratch.mkdir()
@@ -111,7 +111,7 @@ def run_world(
         exits = [rank.exitcode for rank in ranks]
         assert not late, f"ranks {late} did not finish in {timeout_seconds} s; exit codes {exits}"
         assert not list(scratch.rglob("*")), "files are left in the temporary folder"
-    new = {n for n in set(os.listdir("/dev/shm")) - shared_before if re.search("deep_?ep", n, re.IGNORECASE)}
+    new = {n for n in set(names_in("/dev/shm")) - shared_before if re.search("deep_?ep", n, re.IGNORECASE)}
     assert not new, f"left in /dev/shm: {new}"
     return ranks
 
@@ -166,15 +166,19 @@ def _worker(
         pipe.send(("failed", traceback.format_exc()))
 
 
+def names_in(folder: str) -> list[str]:
+    return [path.name for path in Path(folder).iterdir()]
+
+
 def leftovers() -> list[str]:
     """What this process still has of the engine: descriptors of segments and of processes, and mappings."""
     gc.collect()
     found = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{fd}")
-        except OSError:
+    for fd in names_in("/proc/self/fd"):
+        link = Path("/proc/self/fd") / fd
+        if not link.is_symlink():  # it was the descriptor of the listing itself
             continue
+        target = str(link.readlink())
         if MEMORY_NAME in target or "pidfd" in target:
             found.append(f"fd {fd} -> {target}")
     found += [line for line in Path("/proc/self/maps").read_text().splitlines() if MEMORY_NAME in line]
@@ -182,7 +186,7 @@ def leftovers() -> list[str]:
 
 
 def threads_of_this_process() -> int:
-    return len(os.listdir("/proc/self/task"))
+    return len(names_in("/proc/self/task"))
 
 
 def backend_of(buffer: Buffer) -> Any:

@@ -100,7 +100,9 @@ def test_refused_on_every_rank(argument, wrong):
 def no_such_expert(comm):
     rank = v1.rank_of(comm)
     mine = make_inputs(SMALL)[rank]
-    buffer = ElasticBuffer(comm, settings=shm_settings(), num_max_tokens_per_rank=SMALL.num_max_tokens_per_rank, hidden=40)
+    buffer = ElasticBuffer(
+        comm, settings=shm_settings(), num_max_tokens_per_rank=SMALL.num_max_tokens_per_rank, hidden=40
+    )
     topk_idx = mine.topk_idx.clone()
     if rank == WRONG:
         topk_idx[3, 1] = SMALL.num_experts

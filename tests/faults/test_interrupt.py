@@ -6,15 +6,18 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
-from fault_world import LARGE, SMALL, World, backend_of, run_world, shm_settings
+from fault_world import SMALL_PAIR, World, backend_of, run_world, shm_settings
 
 from deep_ep_py import Buffer
 from deep_ep_py.errors import EPError, EPPeerError
 from deep_ep_py.testing import conformance_v1 as v1
 
 pytestmark = pytest.mark.processes
+
+MORE = replace(SMALL_PAIR, num_tokens=(900, 700))
 
 WAITS = [
     ("dispatch", "notify", "publish"),
@@ -30,7 +33,7 @@ WAITS = [
 def body(world: World, operation: str, wait: str, late_in: str):
     """Rank 0 is interrupted in ``wait``, because rank 1 lingers in ``late_in``."""
     buffer = Buffer(world.group, settings=shm_settings())
-    result = v1.dispatch(buffer, SMALL, world.rank)
+    result = v1.dispatch(buffer, SMALL_PAIR, world.rank)
     interrupted = threading.Event()
 
     def act():
@@ -41,7 +44,7 @@ def body(world: World, operation: str, wait: str, late_in: str):
         elif operation == "barrier":
             buffer._engine.barrier()
         else:
-            case = LARGE if operation == "larger dispatch" else SMALL
+            case = MORE if operation == "larger dispatch" else SMALL_PAIR
             event = v1.dispatch(buffer, case, world.rank, async_finish=operation == "async dispatch")[-1]
             if event.event is not None:
                 event.current_stream_wait()
@@ -86,9 +89,9 @@ def test_interrupted_in(operation, wait, late_in):
 
 
 def repeated(world: World):
-    """Behind an operation in the background that cannot end: the call gives up its wait, and takes no place in the order."""
+    """Behind an operation in the background: the call gives up its wait, and takes no place in the order."""
     buffer = Buffer(world.group, settings=shm_settings())
-    result = v1.dispatch(buffer, SMALL, world.rank)
+    result = v1.dispatch(buffer, SMALL_PAIR, world.rank)
     y = result[0].clone()
     if world.rank == 1:
         time.sleep(1.2)
@@ -98,7 +101,7 @@ def repeated(world: World):
         with pytest.raises(KeyboardInterrupt):
             buffer._engine.barrier()
     event.current_stream_wait()
-    v1.check_combine(buffer, SMALL, world.rank, result[4], 0)
+    v1.check_combine(buffer, SMALL_PAIR, world.rank, result[4], 0)
 
 
 def test_interrupted_behind_background_work():

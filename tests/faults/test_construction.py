@@ -1,0 +1,119 @@
+"""Construction where ranks differ, or one does not come: every rank gets an answer that names the field or the rank."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from fault_world import SMALL, World, leftovers, run_world, shm_settings, use
+
+from deep_ep_py import Buffer, ElasticBuffer
+from deep_ep_py.communicator import thread_world
+from deep_ep_py.errors import EPArgumentError, EPMismatchError, EPTimeoutError
+from deep_ep_py.testing import run_threads
+
+
+def differing(comm, build, field, values):
+    with pytest.raises(EPMismatchError) as caught:
+        build(comm)
+    assert caught.value.field == field
+    assert caught.value.values == values
+    assert field in str(caught.value)
+    use(Buffer(comm, settings=shm_settings()), comm.rank, SMALL)  # the group is as good as before
+
+
+def buffer_of_bytes(comm):
+    return Buffer(comm, 1 << (20 + comm.rank), settings=shm_settings())
+
+
+def buffer_of_backend(comm):
+    return Buffer(comm, backend="collective" if comm.rank == 2 else "shm", settings=shm_settings())
+
+
+def buffer_of_class(comm):
+    return (ElasticBuffer if comm.rank == 1 else Buffer)(comm, settings=shm_settings())
+
+
+@pytest.mark.parametrize(
+    ("build", "field", "values"),
+    [
+        (buffer_of_bytes, "num_nvl_bytes", {0: 1 << 20, 1: 1 << 21, 2: 1 << 22}),
+        (buffer_of_backend, "backend", {0: "shm", 1: "shm", 2: "collective"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unequal_arguments(build, field, values):
+    run_threads(3, differing, build, field, values)
+
+
+def classes(comm):
+    with pytest.raises(EPMismatchError) as caught:
+        buffer_of_class(comm)
+    assert all(word in str(caught.value) for word in ("rank 0", "rank 1", "rank 2"))
+
+
+def test_unequal_classes():
+    run_threads(3, classes)
+
+
+def elastic(comm, field):
+    with pytest.raises(EPMismatchError) as caught:
+        ElasticBuffer(comm, settings=shm_settings(), **{field: 8 * (1 + (comm.rank == 1))})
+    assert caught.value.field == field
+    assert caught.value.values == {0: 8, 1: 16, 2: 8}
+
+
+@pytest.mark.parametrize("field", ["num_max_tokens_per_rank", "hidden", "num_topk"])
+def test_unequal_elastic_arguments(field):
+    run_threads(3, elastic, field)
+
+
+def refused(comm):
+    with pytest.raises(EPArgumentError) as caught:
+        Buffer(comm, -1 if comm.rank == 1 else 0, settings=shm_settings())
+    assert "num_nvl_bytes" in str(caught.value)
+    if comm.rank != 1:
+        assert caught.value.ranks == (1,)
+    use(Buffer(comm, settings=shm_settings()), comm.rank, SMALL)
+
+
+def test_refused_on_one_rank():
+    run_threads(3, refused)
+
+
+def test_rank_that_never_constructs():
+    world, errors = thread_world(3), {}
+
+    def body(comm):
+        begin = time.monotonic()
+        with pytest.raises(EPTimeoutError) as caught:
+            Buffer(comm, settings=shm_settings(connect_timeout_seconds=0.5))
+        errors[comm.rank] = (caught.value.ranks, time.monotonic() - begin, str(caught.value))
+
+    threads = [threading.Thread(target=body, args=(world[r],)) for r in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert set(errors) == {0, 2}
+    for ranks, seconds, message in errors.values():
+        assert ranks == (1,)
+        assert 0.4 < seconds < 5
+        assert "1" in message and "0.5 s" in message
+
+
+def never(world: World):
+    if world.rank == 1:
+        time.sleep(1.5)
+        return None
+    with pytest.raises(EPTimeoutError) as caught:
+        Buffer(world.group, settings=shm_settings(connect_timeout_seconds=0.7))
+    assert not leftovers(), leftovers()
+    return caught.value.ranks
+
+
+@pytest.mark.processes
+def test_process_that_never_constructs():
+    ranks = run_world(3, never)
+    assert [r.result for r in ranks] == [(1,), None, (1,)]
