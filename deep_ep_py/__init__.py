@@ -45,7 +45,7 @@ def get_physical_domain_size(group: Any) -> tuple[int, int]:
     return 1, group.size() if callable(getattr(group, "size", None)) else group.size
 
 
-def get_logical_domain_size(group: Any, allow_hybrid_mode: bool = True) -> tuple[int, int]:
+def get_logical_domain_size(group: Any, allow_hybrid_mode: bool = True) -> tuple[int, int]:  # noqa: ARG001
     """(scale-out ranks, scale-up ranks) as dispatch and combine use them."""
     return get_physical_domain_size(group)
 

@@ -90,7 +90,7 @@ class Buffer:
 
     @classmethod
     def set_num_sms(cls, new_num_sms: int) -> None:
-        """Set the default of ``config.num_sms`` for all buffers; an even number. On a CPU: at most so many copy threads.
+        """Set the default of ``config.num_sms`` for all buffers, an even number: at most so many copy threads.
 
         Raises:
             EPArgumentError: odd or negative.
@@ -312,12 +312,19 @@ class Buffer:
         num_tokens, num_ranks = rows.shape[0], self.group_size
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
-                raise EPArgumentError.of("topk_idx", "None beside a handle (a cached dispatch moves rows only)", "a tensor")
+                raise EPArgumentError.of(
+                    "topk_idx", "None beside a handle (a cached dispatch moves rows only)", "a tensor"
+                )
             plan = unpack_v1(handle, self.rank, num_ranks)
             if plan.targets.shape[0] != num_tokens:
                 raise EPArgumentError.of("x", f"{plan.targets.shape[0]} tokens, as the handle's dispatch", num_tokens)
             return DispatchSpec(
-                x=rows, sf=sf, layout="rank", plan=plan, num_worst_tokens=plan.num_output_rows, max_threads=self._num_sms(config)
+                x=rows,
+                sf=sf,
+                layout="rank",
+                plan=plan,
+                num_worst_tokens=plan.num_output_rows,
+                max_threads=self._num_sms(config),
             )
         if (topk_idx is None) != (topk_weights is None):
             raise EPArgumentError.of("topk_weights", "both topk_idx and topk_weights, or neither", "one of them")

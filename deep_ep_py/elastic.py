@@ -13,12 +13,10 @@ from .engine import BackendInfo, Engine
 from .errors import EPArgumentError, EPError
 from .event import EventHandle, EventOverlap
 from .handle import EPHandle
-from .layout import worst_case_expanded_rows
+from .requests import Requests, Tokens
 from .settings import Settings
 from .sizes import elastic_heap_bytes
-from .types import CombineSpec, DispatchSpec, ExpertPlacement
 
-Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 PreviousEvent = EventHandle | EventOverlap | None
 
 
@@ -114,7 +112,7 @@ class ElasticBuffer:
             timeout_seconds=timeout,
             refused=refused,
         )
-        self._placements: dict[int, ExpertPlacement] = {}
+        self._requests = Requests(communicator.rank, communicator.size, num_max_tokens_per_rank)
 
     @staticmethod
     def get_buffer_size_hint(
@@ -210,14 +208,14 @@ class ElasticBuffer:
                 added; not on cached calls.
             num_experts: E, over all ranks. num_max_tokens_per_rank: M, at least T, equal on all ranks; default: the
                 constructor's.
-            expert_alignment: expert blocks start at multiples of it, and reported counts are rounded up to it; default 1.
+            expert_alignment: expert blocks start at multiples of it, reported counts are rounded up to it; default 1.
             num_sms: upper bound of copy threads; 0: the default.
             handle: of an earlier dispatch, whose routing is repeated; the same ``do_expand``.
             do_handle_copy: the handle keeps a copy of ``topk_idx``, not the caller's tensor.
             do_cpu_sync: exact output sizes; else the worst case, valid rows first. Default: unless a handle is given.
             do_expand: one row per token and slot, sorted by local expert, source rank, source token and slot.
             do_zero_padding: expanded: alignment gaps are zeroed.
-            use_tma_aligned_col_major_sf: scale factors come back column-major, leading dimension a multiple of 16 bytes.
+            use_tma_aligned_col_major_sf: scale factors come back column-major, leading dimension padded to 16 bytes.
             previous_event, previous_event_before_epilogue: waited for before anything is published.
             async_with_compute_stream: return before rows have arrived; wait for the event.
             num_qps, allocate_on_comm_stream: accepted.
@@ -235,7 +233,7 @@ class ElasticBuffer:
             stats = cumulative_local_expert_recv_stats
             if handle is None:
                 sync = do_cpu_sync is None or bool(do_cpu_sync)
-                spec = self._spec(
+                spec = self._requests.dispatch(
                     x, topk_idx, topk_weights, stats, num_experts, num_max_tokens_per_rank, expert_alignment, num_sms,
                     sync, bool(do_expand),
                 )  # fmt: skip
@@ -246,7 +244,9 @@ class ElasticBuffer:
                     "num_max_tokens_per_rank": num_max_tokens_per_rank,
                     "expert_alignment": expert_alignment,
                 }
-                spec = self._cached_spec(x, topk_idx, topk_weights, handle, agree, num_sms, bool(do_expand))
+                spec = self._requests.cached_dispatch(
+                    x, topk_idx, topk_weights, handle, agree, num_sms, bool(do_expand)
+                )
                 spec.zero_padding = bool(do_zero_padding) and handle.do_expand
             spec.col_major_sf = bool(use_tma_aligned_col_major_sf)
         got, event = self._engine.dispatch(
@@ -272,7 +272,7 @@ class ElasticBuffer:
             recv_src_metadata=got.recv_meta,
             recv_topk_idx=got.recv_topk_idx,
             has_host_counts=sync,
-            num_expanded_tokens=None if sync else self._worst_rows(spec, expand=True),
+            num_expanded_tokens=None if sync else self._requests.worst_rows(spec, expand=True),
         )
         return recv_x, got.recv_topk_idx, got.recv_topk_weights, new_handle, event
 
@@ -308,131 +308,10 @@ class ElasticBuffer:
             EPTimeoutError, EPPeerError: the buffer is poisoned.
         """
         with self._engine.refusing("combine"):
-            plan = self._plan_of(handle)
-            y = validate.combine_rows(x, plan.num_output_rows, "dispatch")
-            if topk_weights is not None:
-                rows = (plan.num_output_rows,)
-                shape = rows if handle.do_expand else (*rows, plan.targets.shape[1])
-                topk_weights = validate.tensor("topk_weights", topk_weights, torch.float32, shape)
-            spec = CombineSpec(
-                y=y,
-                plan=plan,
-                weights=topk_weights,
-                bias=validate.biases(bias, y, plan.targets.shape[0]),
-                reduce_per_rank=handle.do_expand and self.allow_multiple_reduction,
-                max_threads=num_sms or handle.num_sms,
-            )
+            spec = self._requests.combine(x, handle, topk_weights, bias, num_sms, self.allow_multiple_reduction)
         got, event = self._engine.combine(
             spec,
             background=bool(async_with_compute_stream),
             previous=(previous_event, previous_event_before_epilogue),
         )
         return got.combined_x, got.combined_topk_weights, event
-
-    def _spec(
-        self,
-        x: Tokens,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        stats: torch.Tensor | None,
-        num_experts: int | None,
-        num_max_tokens_per_rank: int | None,
-        expert_alignment: int | None,
-        num_sms: int,
-        sync: bool,
-        expand: bool,
-    ) -> DispatchSpec:
-        rows, sf = validate.tokens(x)
-        num_tokens = rows.shape[0]
-        topk_idx = validate.tensor("topk_idx", topk_idx, torch.int64, (num_tokens, None))
-        num_topk = topk_idx.shape[1]
-        if num_topk == 0:
-            raise EPArgumentError.of("topk_idx", "at least one slot", validate.describe(topk_idx))
-        if topk_weights is not None:
-            topk_weights = validate.tensor("topk_weights", topk_weights, torch.float32, (num_tokens, num_topk))
-        placement = self._placement(validate.whole("num_experts", num_experts, 1))
-        if stats is not None:
-            validate.tensor(
-                "cumulative_local_expert_recv_stats", stats, torch.int32, (placement.num_local[self.rank_idx],)
-            )
-        given = self.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank
-        limit = validate.whole("num_max_tokens_per_rank", given, 0)
-        if limit and num_tokens > limit:
-            raise EPArgumentError.of("x", f"at most num_max_tokens_per_rank = {limit} tokens", num_tokens)
-        if not limit and not sync:
-            raise EPArgumentError.of("num_max_tokens_per_rank", "a positive number where do_cpu_sync is off", limit)
-        spec = DispatchSpec(
-            x=rows,
-            sf=sf,
-            layout="expand" if expand else "topk",
-            topk_idx=topk_idx,
-            topk_weights=topk_weights,
-            placement=placement,
-            expert_alignment=1 if expert_alignment is None else validate.whole("expert_alignment", expert_alignment, 1),
-            num_max_tokens_per_rank=limit,
-            max_threads=validate.whole("num_sms", num_sms, 0),
-        )
-        if not sync:
-            spec.num_worst_tokens = self._worst_rows(spec, expand=expand)
-        return spec
-
-    def _cached_spec(
-        self,
-        x: Tokens,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        handle: EPHandle,
-        agree: dict[str, int | None],
-        num_sms: int,
-        expand: bool,
-    ) -> DispatchSpec:
-        plan = self._plan_of(handle)
-        rows, sf = validate.tokens(x)
-        num_tokens, num_topk = plan.targets.shape
-        if rows.shape[0] != num_tokens:
-            raise EPArgumentError.of("x", f"{num_tokens} tokens, as the handle's dispatch", rows.shape[0])
-        if expand != handle.do_expand:
-            raise EPArgumentError.of("do_expand", f"{handle.do_expand}, as the handle's dispatch", expand)
-        for name, value in agree.items():
-            if value is not None and value != getattr(handle, name):
-                raise EPArgumentError.of(name, f"{getattr(handle, name)}, as the handle's dispatch, or None", value)
-        if topk_idx is not None and not torch.equal(topk_idx, handle.topk_idx):
-            raise EPArgumentError.of("topk_idx", "None, or the handle's", "other routing; leave out the handle")
-        if topk_weights is not None:
-            topk_weights = validate.tensor("topk_weights", topk_weights, torch.float32, (num_tokens, num_topk))
-        return DispatchSpec(
-            x=rows,
-            sf=sf,
-            layout=plan.layout,
-            topk_weights=topk_weights,
-            plan=plan,
-            expert_alignment=plan.expert_alignment,
-            num_worst_tokens=None if handle._has_host_counts else plan.num_output_rows,
-            num_max_tokens_per_rank=plan.num_max_tokens_per_rank,
-            max_threads=validate.whole("num_sms", num_sms, 0) or handle.num_sms,
-        )
-
-    def _plan_of(self, handle: Any) -> Any:
-        if not isinstance(handle, EPHandle):
-            raise EPArgumentError.of("handle", "the EPHandle that dispatch returned", validate.describe(handle))
-        plan = handle._plan
-        if plan.num_ranks != self.num_ranks or handle._rank != self.rank_idx:
-            made = f"rank {handle._rank} of {plan.num_ranks}"
-            raise EPArgumentError.of("handle", f"one made by rank {self.rank_idx} of {self.num_ranks}", f"one of {made}")
-        return plan
-
-    def _worst_rows(self, spec: DispatchSpec, *, expand: bool) -> int:
-        """Rows that hold for any routing, equal on all ranks."""
-        assert spec.placement is not None
-        assert spec.topk_idx is not None
-        ranks, limit = self.num_ranks, spec.num_max_tokens_per_rank
-        if not expand:
-            return ranks * limit
-        local = spec.placement.num_local[self.rank_idx]
-        return worst_case_expanded_rows(ranks, limit, spec.topk_idx.shape[1], local, spec.expert_alignment)
-
-    def _placement(self, num_experts: int) -> ExpertPlacement:
-        placement = self._placements.get(num_experts)
-        if placement is None:
-            placement = self._placements[num_experts] = ExpertPlacement.contiguous(num_experts, self.num_ranks)
-        return placement

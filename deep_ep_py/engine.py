@@ -120,7 +120,9 @@ class Engine:
         """A context: an exception in it is told to the peers, who wait in this operation, before it is raised."""
         return self._refusals[op]
 
-    def dispatch(self, spec: DispatchSpec, *, background: bool, previous: Sequence[Any]) -> tuple[Dispatched, EventOverlap]:
+    def dispatch(
+        self, spec: DispatchSpec, *, background: bool, previous: Sequence[Any]
+    ) -> tuple[Dispatched, EventOverlap]:
         backend = self.backend
         with self._lock:
             flight = backend.prepare(spec, background=background, previous=_waiting(previous))

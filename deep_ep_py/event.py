@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class CompletionEvent(Protocol):
-    """When an operation is complete. ``wait`` releases the GIL, answers Ctrl-C, and raises what the operation raised."""
+    """When an operation is complete. ``wait`` releases the GIL, answers Ctrl-C, and raises the operation's error."""
 
     def wait(self) -> None: ...
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from .errors import EPArgumentError
 
@@ -59,8 +60,8 @@ class Settings:
             EPArgumentError: an unknown variable, or a value that does not parse.
         """
         environ = os.environ if environ is None else environ
-        kinds = {f.name: type(f.default) for f in fields(cls)}
-        values: dict[str, object] = {}
+        kinds: dict[str, Callable[[str], Any]] = {f.name: type(f.default) for f in fields(cls)}
+        values: dict[str, Any] = {}
         for key, text in environ.items():
             if not key.startswith(_PREFIX):
                 continue
@@ -70,16 +71,16 @@ class Settings:
             try:
                 values[name] = kinds[name](text)
             except ValueError as e:
-                raise EPArgumentError.of(key, f"a value of type {kinds[name].__name__}", repr(text)) from e
-        return cls(**values)  # type: ignore[arg-type]
+                raise EPArgumentError.of(
+                    key, f"a value of type {type(getattr(cls(), name)).__name__}", repr(text)
+                ) from e
+        return cls(**values)
 
 
 def available_memory_bytes() -> int:
     """Bytes of memory this process may still use: the smaller of the machine's and its cgroup's."""
-    limits = []
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            limits.append(int(line.split()[1]) * 1024)
+    meminfo = (line.split() for line in _read("/proc/meminfo").splitlines())
+    limits = [int(words[1]) * 1024 for words in meminfo if words[0] == "MemAvailable:"]
     for group in _read("/proc/self/cgroup").splitlines():
         path = group.split("::", 1)[-1] if "::" in group else ""
         for folder in (f"/sys/fs/cgroup{path}", "/sys/fs/cgroup"):

@@ -53,8 +53,8 @@ class Plan:
     Attributes:
         layout: how columns are read.
         targets: [T, W] int64 (W: slots, or ranks for ``rank``): -1 where a token goes nowhere, else
-            ``destination rank << 32 | row in its output``, with bit 62 (``SHARED_ROW``) set on all but the last slot that
-            shares a row: rows move and are added at the last one, weights are read at every one.
+            ``destination rank << 32 | row in its output``, with bit 62 (``SHARED_ROW``) set on all but the last slot
+            that shares a row: rows move and are added at the last one, weights are read at every one.
         num_rows: rows of this rank's output that this plan fills or spans (expanded: alignment gaps included).
         num_output_rows: rows of the output tensors (``num_rows``, or the worst case where counts were not synced).
         num_recv_tokens: unique tokens received, N.

@@ -27,7 +27,7 @@ LAYERS = (
     ("errors", "settings", "types", "event"),
     ("reference", "layout", "communicator", "_rows"),
     ("backends",),
-    ("engine", "handle", "config", "validate", "sizes"),
+    ("engine", "handle", "config", "validate", "sizes", "requests"),
     ("buffer", "elastic", "autograd"),
     ("compat", "doctor", "__main__", "testing"),
     ("__init__",),

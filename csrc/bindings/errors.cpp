@@ -46,7 +46,8 @@ void set_python_error(const Error& error) {
       fields["how"] = error.how;
       break;
     case ErrorKind::general:
-    case ErrorKind::interrupted: break;
+    case ErrorKind::interrupted:
+      break;
   }
   const py::object type = py::module_::import("deep_ep_py.errors").attr(name);
   const py::object instance = type(error.message, **fields);

@@ -12,7 +12,8 @@ Keywords::Keywords(std::string function, std::vector<std::string> names)
 const std::vector<PyObject*>& Keywords::parse(PyObject* const* args, Py_ssize_t num_positional, PyObject* kwnames) {
   if (num_positional != 0) throw py::type_error(function_ + "() takes keyword arguments only");
   if (kwnames == nullptr || kwnames != site_) resolve(kwnames);
-  for (size_t i = 0; i < order_.size(); ++i) values_[i] = args[order_[i]];
+  for (size_t i = 0; i < order_.size(); ++i)
+    values_[i] = args[order_[i]];
   return values_;
 }
 
@@ -22,7 +23,8 @@ void Keywords::resolve(PyObject* kwnames) {
   for (size_t j = 0; j < given; ++j) {
     const std::string name = py::str(PyTuple_GET_ITEM(kwnames, static_cast<Py_ssize_t>(j)));
     size_t i = 0;
-    while (i < names_.size() && names_[i] != name) ++i;
+    while (i < names_.size() && names_[i] != name)
+      ++i;
     if (i == names_.size()) throw py::type_error(function_ + "() has no argument '" + name + "'");
     order[i] = j;
   }
@@ -36,7 +38,8 @@ void Keywords::resolve(PyObject* kwnames) {
 
 std::string Keywords::text_signature() const {
   std::string text = function_ + "($self, *";
-  for (const std::string& name : names_) text += ", " + name;
+  for (const std::string& name : names_)
+    text += ", " + name;
   return text + ")\n--\n\n";
 }
 

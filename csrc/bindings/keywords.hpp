@@ -47,5 +47,4 @@ class Values {
   PyObject* const* next_;
 };
 
-
 }  // namespace deep_ep

@@ -28,7 +28,8 @@ std::string dispatch_layout(uintptr_t topk_idx, int64_t num_tokens, int num_topk
   std::vector<int64_t> targets(static_cast<size_t>(num_tokens) * num_topk);
   Counts counts;
   const Placement placement{num_experts, num_ranks, pointer<int32_t>(expert_rank), pointer<int32_t>(expert_local)};
-  std::string wrong = layout_topk(pointer<int64_t>(topk_idx), num_tokens, num_topk, placement, false, targets.data(), &counts);
+  std::string wrong =
+      layout_topk(pointer<int64_t>(topk_idx), num_tokens, num_topk, placement, false, targets.data(), &counts);
   if (!wrong.empty()) return wrong;
   std::copy(counts.per_rank.begin(), counts.per_rank.end(), pointer<int32_t>(tokens_per_rank));
   std::copy(counts.per_expert.begin(), counts.per_expert.end(), pointer<int32_t>(tokens_per_expert));

@@ -30,7 +30,8 @@ class Recipe {
       // A rank's slots are summed first and added at the position of its last one.
       const int rank = target_rank(targets[k]);
       bool last = true;
-      for (int j = k + 1; j < num_slots && last; ++j) last = targets[j] < 0 || target_rank(targets[j]) != rank;
+      for (int j = k + 1; j < num_slots && last; ++j)
+        last = targets[j] < 0 || target_rank(targets[j]) != rank;
       if (!last) continue;
       for (int j = 0; j <= k; ++j)
         if (targets[j] >= 0 && target_rank(targets[j]) == rank) rows_[n++] = address(targets[j]);
@@ -58,7 +59,8 @@ void combine_weights(const CombineParams& p, const int64_t* targets, Weights&& w
     if (targets[k] < 0) continue;
     const float* row = weights(target_rank(targets[k])) + target_row(targets[k]) * p.num_weights;
     if (p.layout == Layout::rank)
-      for (int j = 0; j < columns; ++j) out[j] += row[j];
+      for (int j = 0; j < columns; ++j)
+        out[j] += row[j];
     else
       out[k] = row[p.layout == Layout::topk ? k : 0];
   }
@@ -101,7 +103,8 @@ void Engine::free_released() {
   uint64_t released = UINT64_MAX;
   for (int r = 0; r < options_.num_ranks; ++r)
     released = std::min(released, peers_.inbox(r).released.load(std::memory_order_acquire));
-  while (!lent_.empty() && lent_.front().first <= released) lent_.pop_front();
+  while (!lent_.empty() && lent_.front().first <= released)
+    lent_.pop_front();
 }
 
 void Engine::combine_now(const CombineParams& p, Step& step) {
@@ -130,7 +133,7 @@ void Engine::combine_now(const CombineParams& p, Step& step) {
 
   enter(step, "publish");
   Record& record = next_record(step);
-  const int64_t fields[] = {static_cast<int64_t>(p.layout), p.hidden, static_cast<int64_t>(p.dtype),
+  const int64_t fields[] = {static_cast<int64_t>(p.layout), p.hidden,      static_cast<int64_t>(p.dtype),
                             static_cast<int64_t>(p.digest), p.num_weights, p.reduce_per_rank};
   std::copy(std::begin(fields), std::end(fields), record.fields);
   record.blocks[kRows] = rows;
@@ -185,26 +188,28 @@ void Engine::reduce(const CombineParams& p, const std::vector<Record>& records) 
   const auto reduce_row = kernels().reduce_row[static_cast<int>(p.dtype)];
   const bool stream = p.num_tokens * p.row_bytes > kStreamBytes;
   const int64_t weight_columns = p.layout == Layout::rank ? p.num_weights : p.num_slots;
-  threads_.run(p.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
-    FloatEnvironment nearest_and_no_flushing;
-    Recipe recipe(p.num_slots, p.reduce_per_rank);
-    ReduceRow row;
-    row.num_bias = p.num_bias;
-    row.elems = static_cast<size_t>(p.hidden);
-    row.stream = stream;
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t* targets = p.targets + t * p.num_slots;
-      recipe.gather(
-          targets, p.num_slots,
-          [&](int64_t target) { return rows[target_rank(target)] + target_row(target) * p.row_bytes; }, &row);
-      for (int b = 0; b < p.num_bias; ++b) row.bias[b] = static_cast<const char*>(p.bias[b]) + t * p.row_bytes;
-      row.out = static_cast<char*>(p.out) + t * p.row_bytes;
-      reduce_row(row);
-      if (p.out_weights)
-        combine_weights(p, targets, [&](int r) { return weights[r]; }, p.out_weights + t * weight_columns);
-    }
-    if (stream) kernels().fence();
-  });
+  threads_.run(
+      p.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
+        FloatEnvironment nearest_and_no_flushing;
+        Recipe recipe(p.num_slots, p.reduce_per_rank);
+        ReduceRow row;
+        row.num_bias = p.num_bias;
+        row.elems = static_cast<size_t>(p.hidden);
+        row.stream = stream;
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t* targets = p.targets + t * p.num_slots;
+          recipe.gather(
+              targets, p.num_slots,
+              [&](int64_t target) { return rows[target_rank(target)] + target_row(target) * p.row_bytes; }, &row);
+          for (int b = 0; b < p.num_bias; ++b)
+            row.bias[b] = static_cast<const char*>(p.bias[b]) + t * p.row_bytes;
+          row.out = static_cast<char*>(p.out) + t * p.row_bytes;
+          reduce_row(row);
+          if (p.out_weights)
+            combine_weights(p, targets, [&](int r) { return weights[r]; }, p.out_weights + t * weight_columns);
+        }
+        if (stream) kernels().fence();
+      });
 }
 
 }  // namespace deep_ep

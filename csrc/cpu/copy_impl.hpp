@@ -40,7 +40,8 @@ template <class Isa, int Count, bool Stream>
 inline void copy_block(const char* src, void* const* dst, int num_dst, size_t offset) {
   using Bits = typename Vectors<Isa::kWidth>::Bits;
   Bits value[Count];
-  for (int i = 0; i < Count; ++i) value[i] = load<Bits>(src + offset + i * sizeof(Bits));
+  for (int i = 0; i < Count; ++i)
+    value[i] = load<Bits>(src + offset + i * sizeof(Bits));
   for (int d = 0; d < num_dst; ++d) {
     char* out = static_cast<char*>(dst[d]) + offset;
     for (int i = 0; i < Count; ++i) {
@@ -67,7 +68,8 @@ inline void copy_span(const char* src, void* const* dst, int num_dst, size_t beg
     __builtin_prefetch(src + at + kPrefetchSource);
     copy_block<Isa, kLine / Isa::kWidth, Stream>(src, dst, num_dst, at);
   }
-  for (; at + Isa::kWidth <= end; at += Isa::kWidth) copy_block<Isa, 1, Stream>(src, dst, num_dst, at);
+  for (; at + Isa::kWidth <= end; at += Isa::kWidth)
+    copy_block<Isa, 1, Stream>(src, dst, num_dst, at);
 }
 
 // Apart, so that small rows pay for none of its registers.
@@ -83,13 +85,15 @@ __attribute__((noinline)) void copy_large(const char* src, void* const* dst, int
   while (begin < num_dst) {
     const size_t misaligned = reinterpret_cast<uintptr_t>(dst[begin]) % 64;
     int end = begin + 1;
-    while (end < num_dst && reinterpret_cast<uintptr_t>(dst[end]) % 64 == misaligned) ++end;
+    while (end < num_dst && reinterpret_cast<uintptr_t>(dst[end]) % 64 == misaligned)
+      ++end;
     const size_t head = misaligned == 0 ? 0 : 64 - misaligned;
     const size_t body_end = head + (bytes - head) / 64 * 64;
     void* const* same = dst + begin;
     const int num_same = end - begin;
     if (head != 0) {  // ordinary stores that reach into the body, so that no size is left over
-      for (size_t at = 0; at < head; at += Isa::kWidth) copy_block<Isa, 1, false>(src, same, num_same, at);
+      for (size_t at = 0; at < head; at += Isa::kWidth)
+        copy_block<Isa, 1, false>(src, same, num_same, at);
     }
     if (body_end != bytes) {
       for (size_t at = bytes; at > body_end; at -= Isa::kWidth) {

@@ -70,36 +70,38 @@ void Engine::place(DispatchFlight& flight) {
     }
   };
 
-  threads_.run(p.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
-    std::vector<void*> x_rows(p.num_slots), sf_rows(p.num_slots);
-    for (int64_t t = begin; t < end; ++t) {
-      int n = 0;
-      for (int k = 0; k < p.num_slots; ++k) {
-        const int64_t target = p.targets[t * p.num_slots + k];
-        if (!moves(target)) continue;
-        const int r = target_rank(target);
-        const int64_t row = target_row(target);
-        const Destination& d = flight.destinations[r];
-        x_rows[n] = d.x + row * p.row_bytes;
-        if (sf) sf_rows[n] = d.sf + row * p.sf_bytes;
-        ++n;
-        if (!expand)
-          small(t, d, r, row);
-        else if (p.has_weights)
-          reinterpret_cast<float*>(d.scratch + d.layout.weights)[row] = p.topk_weights[t * p.num_topk + k];
-      }
-      if (n == 0) continue;
-      kernel.copy_row(x + t * p.x_stride_bytes, x_rows.data(), n, static_cast<size_t>(p.row_bytes), stream);
-      if (sf) kernel.copy_row(sf + t * p.sf_bytes, sf_rows.data(), n, static_cast<size_t>(p.sf_bytes), false);
-    }
-    if (stream) kernel.fence();
-  });
+  threads_.run(
+      p.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
+        std::vector<void*> x_rows(p.num_slots), sf_rows(p.num_slots);
+        for (int64_t t = begin; t < end; ++t) {
+          int n = 0;
+          for (int k = 0; k < p.num_slots; ++k) {
+            const int64_t target = p.targets[t * p.num_slots + k];
+            if (!moves(target)) continue;
+            const int r = target_rank(target);
+            const int64_t row = target_row(target);
+            const Destination& d = flight.destinations[r];
+            x_rows[n] = d.x + row * p.row_bytes;
+            if (sf) sf_rows[n] = d.sf + row * p.sf_bytes;
+            ++n;
+            if (!expand)
+              small(t, d, r, row);
+            else if (p.has_weights)
+              reinterpret_cast<float*>(d.scratch + d.layout.weights)[row] = p.topk_weights[t * p.num_topk + k];
+          }
+          if (n == 0) continue;
+          kernel.copy_row(x + t * p.x_stride_bytes, x_rows.data(), n, static_cast<size_t>(p.row_bytes), stream);
+          if (sf) kernel.copy_row(sf + t * p.sf_bytes, sf_rows.data(), n, static_cast<size_t>(p.sf_bytes), false);
+        }
+        if (stream) kernel.fence();
+      });
 
   if (!expand || p.cached) return;
   // Expanded: one metadata row per token and destination: the source token, then its row per slot.
   std::vector<int64_t> next(options_.num_ranks);
   std::vector<int64_t> seen(options_.num_ranks, -1);
-  for (int r = 0; r < options_.num_ranks; ++r) next[r] = flight.destinations[r].first_token;
+  for (int r = 0; r < options_.num_ranks; ++r)
+    next[r] = flight.destinations[r].first_token;
   for (int64_t t = 0; t < p.num_tokens; ++t)
     for (int k = 0; k < p.num_slots; ++k) {
       const int64_t target = p.targets[t * p.num_slots + k];
@@ -135,7 +137,8 @@ void Engine::deliver(DispatchFlight& flight, const DispatchOutputs& out) {
   const char* scratch = flight.scratch ? flight.scratch->data : nullptr;
   const ScratchLayout& at = flight.destinations[options_.rank].layout;
   if (out.recv_topk_weights && scratch)
-    std::memcpy(out.recv_topk_weights, scratch + at.weights, static_cast<size_t>(expand ? rows : rows * p.num_topk) * 4);
+    std::memcpy(out.recv_topk_weights, scratch + at.weights,
+                static_cast<size_t>(expand ? rows : rows * p.num_topk) * 4);
   if (out.recv_topk_idx) {
     std::memcpy(out.recv_topk_idx, scratch + at.topk, static_cast<size_t>(tokens * p.num_topk) * 8);
     std::fill(out.recv_topk_idx + tokens * p.num_topk, out.recv_topk_idx + flight.num_output_rows * p.num_topk,
@@ -168,7 +171,8 @@ void Engine::deliver(DispatchFlight& flight, const DispatchOutputs& out) {
     auto* to = static_cast<uint32_t*>(out.recv_sf);
     const int64_t columns = p.sf_bytes / 4;
     for (int64_t row = 0; row < rows; ++row)
-      for (int64_t c = 0; c < columns; ++c) to[c * out.recv_sf_leading + row] = from[row * columns + c];
+      for (int64_t c = 0; c < columns; ++c)
+        to[c * out.recv_sf_leading + row] = from[row * columns + c];
   } else if (out.recv_sf) {
     std::memcpy(out.recv_sf, flight.sf_data, static_cast<size_t>(rows * p.sf_bytes));
   }

@@ -11,27 +11,43 @@ namespace {
 
 // Names of Record::fields by operation: what must agree, in words for errors.
 const std::vector<const char*>& field_names(Op op) {
-  static const std::vector<const char*> dispatch = {
-      "layout",    "hidden",      "dtype",           "scale factor bytes", "num_topk",        "num_experts",
-      "topk_idx given", "topk_weights given", "expert_alignment", "fixed output size", "num_max_tokens_per_rank", "handle"};
-  static const std::vector<const char*> combine = {"layout", "hidden",       "dtype",
-                                                   "handle", "topk_weights columns", "allow_multiple_reduction"};
+  static const std::vector<const char*> dispatch = {"layout",
+                                                    "hidden",
+                                                    "dtype",
+                                                    "scale factor bytes",
+                                                    "num_topk",
+                                                    "num_experts",
+                                                    "topk_idx given",
+                                                    "topk_weights given",
+                                                    "expert_alignment",
+                                                    "fixed output size",
+                                                    "num_max_tokens_per_rank",
+                                                    "handle"};
+  static const std::vector<const char*> combine = {
+      "layout", "hidden", "dtype", "handle", "topk_weights columns", "allow_multiple_reduction"};
   static const std::vector<const char*> none;
   switch (op) {
     case Op::dispatch:
-    case Op::cached_dispatch: return dispatch;
-    case Op::combine: return combine;
-    case Op::barrier: return none;
+    case Op::cached_dispatch:
+      return dispatch;
+    case Op::combine:
+      return combine;
+    case Op::barrier:
+      return none;
   }
   return none;
 }
 
 const char* name_of(RowType type) {
   switch (type) {
-    case RowType::bf16: return "bf16";
-    case RowType::f16: return "f16";
-    case RowType::f32: return "f32";
-    case RowType::f64: return "f64";
+    case RowType::bf16:
+      return "bf16";
+    case RowType::f16:
+      return "f16";
+    case RowType::f32:
+      return "f32";
+    case RowType::f64:
+      return "f64";
   }
   return "unknown";
 }
@@ -42,14 +58,12 @@ Engine::Engine(const EngineOptions& options)
     : options_(options),
       peers_({options.epoch, options.rank, options.num_ranks, options.timeout_seconds, options.spin_microseconds,
               options.share_mappings}),
-      heap_(std::make_shared<Heap>(
-          HeapOptions{options.epoch, options.rank, options.num_ranks, options.max_heap_bytes})),
+      heap_(
+          std::make_shared<Heap>(HeapOptions{options.epoch, options.rank, options.num_ranks, options.max_heap_bytes})),
       threads_(options.num_threads) {
-  heap_->attach(
-      [](void* peers, const Segment& segment, uint64_t prefault_bytes) {
-        static_cast<Peers*>(peers)->announce(segment, prefault_bytes);
-      },
-      &peers_);
+  heap_->attach([](void* peers, const Segment& segment,
+                   uint64_t prefault_bytes) { static_cast<Peers*>(peers)->announce(segment, prefault_bytes); },
+                &peers_);
   const uint64_t first = std::max<uint64_t>(options.heap_bytes, kHugePage / 2);
   heap_->add_segment(first, first);
 }
@@ -196,7 +210,8 @@ void Engine::check_agreement(const Step& step, const std::vector<Record>& record
   }
   auto mismatch = [&](const char* field, auto value, auto word) {
     bool equal = true;
-    for (const Record& record : records) equal = equal && value(record) == value(records[0]);
+    for (const Record& record : records)
+      equal = equal && value(record) == value(records[0]);
     if (equal) return;
     Error error(ErrorKind::mismatch, std::string("ranks disagree about ") + field + ":");
     for (int r = 0; r < options_.num_ranks; ++r) {
@@ -241,9 +256,7 @@ void Engine::barrier(const Interrupted& interrupted) {
 void Engine::fail(Op op, const std::string& text, const Interrupted& interrupted) {
   run(false, {}, interrupted, [&](const Interrupted& interrupt) {
     Step step{{op, "publish", 0}, false, &interrupt};
-    guarded(step, [&] {
-      publish_failed(step, next_record(step), text);
-    });
+    guarded(step, [&] { publish_failed(step, next_record(step), text); });
   });
 }
 

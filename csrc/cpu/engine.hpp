@@ -111,7 +111,9 @@ class Engine {
   void reduce(const CombineParams& params, const std::vector<Record>& records);
   void free_released();
   // Peers map a segment when a record first names a block in it, and can do so only while this rank lives.
-  bool mapped_by_all(const BlockRef& ref) const { return ref.bytes == 0 || (ref.segment < mapped_.size() && mapped_[ref.segment]); }
+  bool mapped_by_all(const BlockRef& ref) const {
+    return ref.bytes == 0 || (ref.segment < mapped_.size() && mapped_[ref.segment]);
+  }
   void note_mapped(const BlockRef& ref);
 
   int threads_for(int max_threads, bool background) const;
@@ -122,12 +124,12 @@ class Engine {
   CopyThreads threads_;
   std::function<void(const char*)> hook_;
   uint64_t seq_ = 0;
-  bool rendezvous_open_ = false;  // the last operation ended without seeing everyone's record
-  BlockPtr counts_[2];            // of records in slot 0 and 1
-  std::vector<bool> mapped_;      // by segment
-  int64_t expected_rows_ = 0;     // of the next dispatch: what offers are made for
+  bool rendezvous_open_ = false;                    // the last operation ended without seeing everyone's record
+  BlockPtr counts_[2];                              // of records in slot 0 and 1
+  std::vector<bool> mapped_;                        // by segment
+  int64_t expected_rows_ = 0;                       // of the next dispatch: what offers are made for
   std::deque<std::pair<uint64_t, BlockPtr>> lent_;  // copied combine inputs, until every reader released them
-  mutable std::mutex mutex_;      // poisoned_, closed_
+  mutable std::mutex mutex_;                        // poisoned_, closed_
   std::optional<Error> poisoned_;
   bool closed_ = false;
   struct {

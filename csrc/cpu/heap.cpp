@@ -11,7 +11,9 @@ namespace {
 
 constexpr uint64_t kAlignment = 256;
 
-uint64_t round_up(uint64_t n, uint64_t unit) { return (n + unit - 1) / unit * unit; }
+uint64_t round_up(uint64_t n, uint64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
 
 }  // namespace
 
@@ -30,7 +32,9 @@ void release(Block* block) noexcept {
 
 Heap::Heap(const HeapOptions& options) : options_(options), owner_pid_(getpid()) {}
 
-Heap::~Heap() { collect(); }
+Heap::~Heap() {
+  collect();
+}
 
 void Heap::attach(Publish publish, void* context) {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -41,7 +45,8 @@ void Heap::attach(Publish publish, void* context) {
 void Heap::detach() {
   std::lock_guard<std::mutex> lock(mutex_);
   publish_ = nullptr;
-  for (auto& segment : segments_) segment->close_fd();
+  for (auto& segment : segments_)
+    segment->close_fd();
 }
 
 // Only the owner allocates, so the stack is emptied by one exchange: no ABA, nothing is popped one by one.
@@ -158,7 +163,9 @@ void Heap::add_segment_locked(uint64_t bytes, uint64_t prefault_bytes) {
   insert_free(header.id, kDataOffset, header.bytes - kDataOffset);
 }
 
-bool Heap::over_limit(uint64_t bytes) const { return options_.max_bytes && held_bytes() + bytes > options_.max_bytes; }
+bool Heap::over_limit(uint64_t bytes) const {
+  return options_.max_bytes && held_bytes() + bytes > options_.max_bytes;
+}
 
 bool Heap::locate(const void* data, uint64_t bytes, BlockRef* ref) const {
   std::lock_guard<std::mutex> lock(mutex_);

@@ -23,7 +23,9 @@ bool has_f16c() {  // asked of the CPU itself: not every compiler's __builtin_cp
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & (1u << 29)) != 0;
 }
 
-bool has_avx2() { return __builtin_cpu_supports("avx2") && has_f16c(); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && has_f16c();
+}
 
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -56,8 +58,12 @@ const Kernels* kernels_by_name(const char* name) {
 
 #if defined(__x86_64__)
 
-FloatEnvironment::FloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }  // the value after reset
-FloatEnvironment::~FloatEnvironment() { _mm_setcsr(static_cast<unsigned>(saved_)); }
+FloatEnvironment::FloatEnvironment() : saved_(_mm_getcsr()) {
+  _mm_setcsr(0x1F80);
+}  // the value after reset
+FloatEnvironment::~FloatEnvironment() {
+  _mm_setcsr(static_cast<unsigned>(saved_));
+}
 
 #elif defined(__aarch64__)
 
@@ -66,7 +72,9 @@ FloatEnvironment::FloatEnvironment() : saved_(0) {
   __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
   __asm__ volatile("msr fpcr, %0" : : "r"(initial));
 }
-FloatEnvironment::~FloatEnvironment() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
+FloatEnvironment::~FloatEnvironment() {
+  __asm__ volatile("msr fpcr, %0" : : "r"(saved_));
+}
 
 #else
 

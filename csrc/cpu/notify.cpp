@@ -9,8 +9,24 @@ namespace deep_ep {
 namespace {
 
 // Of Record::fields; names for errors stand in engine.cpp. Those from kNumTokens on need not agree.
-enum Field { kLayout, kHidden, kDtype, kSf, kTopk, kExperts, kHasTopk, kHasWeights, kAlignment, kWorst, kMaxTokens,
-             kHandle, kNumCompared, kNumTokens = kNumCompared, kWorstRows, kNumFields };
+enum Field {
+  kLayout,
+  kHidden,
+  kDtype,
+  kSf,
+  kTopk,
+  kExperts,
+  kHasTopk,
+  kHasWeights,
+  kAlignment,
+  kWorst,
+  kMaxTokens,
+  kHandle,
+  kNumCompared,
+  kNumTokens = kNumCompared,
+  kWorstRows,
+  kNumFields
+};
 
 enum Offer { kX, kScaleFactors, kScratch };
 
@@ -45,8 +61,8 @@ void Engine::count(DispatchFlight& flight, Step& step, Counts* counts) {
                 " as counted in is_token_in_rank, got " + std::to_string(p.num_tokens_per_rank[r]);
     counts->per_expert.assign(p.num_tokens_per_expert, p.num_tokens_per_expert + p.placement.num_experts);
   } else {
-    wrong = layout_topk(p.topk_idx, p.num_tokens, p.num_topk, p.placement, p.layout == Layout::expand, p.targets,
-                        counts);
+    wrong =
+        layout_topk(p.topk_idx, p.num_tokens, p.num_topk, p.placement, p.layout == Layout::expand, p.targets, counts);
   }
   if (wrong.empty()) return;
   publish_failed(step, next_record(step), wrong);
@@ -69,9 +85,9 @@ void Engine::make_offers(DispatchFlight& flight, Record& record, const Counts& c
   const bool fixed = (p.cached || p.num_worst_tokens >= 0) && !flight.staged;
   const int64_t offered = fixed ? output_rows : rows;
   const bool weights = p.has_weights;
-  const auto small = p.cached ? static_cast<uint64_t>(weights ? rows * (p.layout == Layout::expand ? 1 : p.num_topk) * 4
-                                                              : 0)
-                              : scratch_layout(p.layout, rows, rows, p.num_topk, p.has_topk, weights).bytes;
+  const auto small = p.cached
+                         ? static_cast<uint64_t>(weights ? rows * (p.layout == Layout::expand ? 1 : p.num_topk) * 4 : 0)
+                         : scratch_layout(p.layout, rows, rows, p.num_topk, p.has_topk, weights).bytes;
   if (p.sf_bytes) flight.sf = heap_->allocate(static_cast<uint64_t>(offered * p.sf_bytes), !fixed || p.cached);
   if (small) flight.scratch = heap_->allocate(small);
   const auto x_bytes = static_cast<uint64_t>(offered * p.row_bytes);
@@ -92,11 +108,20 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
 
   enter(step, "publish");
   Record& record = next_record(step);
-  const int64_t fields[kNumFields] = {static_cast<int64_t>(p.layout), p.hidden, static_cast<int64_t>(p.dtype), p.sf_bytes, p.num_topk,
-                                            p.placement.num_experts, p.has_topk, p.has_weights,
-                                            p.expert_alignment, p.num_worst_tokens >= 0 && !p.cached,
-                                            p.num_max_tokens_per_rank, static_cast<int64_t>(p.digest), p.num_tokens,
-                                            p.num_worst_tokens};
+  const int64_t fields[kNumFields] = {static_cast<int64_t>(p.layout),
+                                      p.hidden,
+                                      static_cast<int64_t>(p.dtype),
+                                      p.sf_bytes,
+                                      p.num_topk,
+                                      p.placement.num_experts,
+                                      p.has_topk,
+                                      p.has_weights,
+                                      p.expert_alignment,
+                                      p.num_worst_tokens >= 0 && !p.cached,
+                                      p.num_max_tokens_per_rank,
+                                      static_cast<int64_t>(p.digest),
+                                      p.num_tokens,
+                                      p.num_worst_tokens};
   std::copy(std::begin(fields), std::end(fields), record.fields);
   try {
     if (!p.cached) {
@@ -136,7 +161,8 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
     for (int r = 0; r < num_ranks; ++r) {
       const auto* theirs = reinterpret_cast<const int32_t*>(peers_.address(r, records[r].counts));
       flight.matrix.rank.insert(flight.matrix.rank.end(), theirs, theirs + num_ranks);
-      if (expand) flight.matrix.expert.insert(flight.matrix.expert.end(), theirs + num_ranks, theirs + num_ranks + num_experts);
+      if (expand)
+        flight.matrix.expert.insert(flight.matrix.expert.end(), theirs + num_ranks, theirs + num_ranks + num_experts);
       for (int e = 0; e < num_experts; ++e)
         if (p.placement.rank[e] == me) p.expert_counts[p.placement.local[e]] += theirs[num_ranks + e];
     }
@@ -153,10 +179,11 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
       if (worst >= 0 && rows > worst)
         throw argument_error(
             "num_worst_tokens",
-            "num_worst_tokens: rank " + std::to_string(r) + " receives " + std::to_string(rows) + " rows, its outputs have " +
-                std::to_string(worst) +
-                (expand ? ": the worst case without host sync holds while no token names an expert twice; set do_cpu_sync"
-                        : ": raise it, or leave it out to get exact sizes"));
+            "num_worst_tokens: rank " + std::to_string(r) + " receives " + std::to_string(rows) +
+                " rows, its outputs have " + std::to_string(worst) +
+                (expand
+                     ? ": the worst case without host sync holds while no token names an expert twice; set do_cpu_sync"
+                     : ": raise it, or leave it out to get exact sizes"));
     }
     second_records(flight, step, records);
     finish_targets(p.layout, flight.matrix, expand ? &flight.expanded : nullptr, p.topk_idx, me, p.num_tokens,
@@ -186,10 +213,11 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
     if (p.sf_bytes) d.sf = peers_.address(r, records[r].blocks[kScaleFactors]);
     if (records[r].blocks[kScratch].bytes) d.scratch = peers_.address(r, records[r].blocks[kScratch]);
     if (p.cached) continue;
-    d.layout = scratch_layout(p.layout, flight.matrix.tokens_to(r),
-                              p.layout == Layout::expand ? flight.expanded.rows[r] : 0, p.num_topk, p.has_topk,
-                              p.has_weights);
-    for (int s = 0; s < options_.rank; ++s) d.first_token += flight.matrix.rank[static_cast<size_t>(s) * num_ranks + r];
+    d.layout =
+        scratch_layout(p.layout, flight.matrix.tokens_to(r), p.layout == Layout::expand ? flight.expanded.rows[r] : 0,
+                       p.num_topk, p.has_topk, p.has_weights);
+    for (int s = 0; s < options_.rank; ++s)
+      d.first_token += flight.matrix.rank[static_cast<size_t>(s) * num_ranks + r];
   }
 }
 

@@ -36,8 +36,8 @@ struct DispatchParams {
   const uint8_t* is_token_in_rank = nullptr;
   const int32_t* num_tokens_per_rank = nullptr;    // rank: what the caller claims; checked
   const int32_t* num_tokens_per_expert = nullptr;  // rank: as the caller counted
-  Placement placement;  // uncached
-  int num_local = 0;    // experts of this rank
+  Placement placement;                             // uncached
+  int num_local = 0;                               // experts of this rank
   // The plan. Uncached: written. Cached: read.
   int64_t* targets = nullptr;        // [num_tokens, num_slots]
   int32_t* rank_prefix = nullptr;    // [num_ranks, num_ranks]
@@ -49,14 +49,14 @@ struct DispatchParams {
   int64_t x_stride_bytes = 0;
   int64_t row_bytes = 0;
   int64_t hidden = 0;
-  uint64_t dtype = 0;  // up to eight letters; must agree
+  uint64_t dtype = 0;        // up to eight letters; must agree
   const void* sf = nullptr;  // contiguous
   int64_t sf_bytes = 0;      // of one row
   // Flags.
   int expert_alignment = 1;
   bool zero_padding = false;
   bool mask_weights = false;
-  int64_t num_worst_tokens = -1;  // rows of the output, fixed in advance; -1: exact
+  int64_t num_worst_tokens = -1;        // rows of the output, fixed in advance; -1: exact
   int64_t num_max_tokens_per_rank = 0;  // 0: the largest token count of this call
   int max_threads = 0;
   bool background = false;
@@ -64,8 +64,8 @@ struct DispatchParams {
 
 // Where the small results of a dispatch go; null where not wanted. Rows: see types.py, Dispatched.
 struct DispatchOutputs {
-  void* recv_x = nullptr;   // only where the flight is `staged`: ordinary memory to copy to
-  void* recv_sf = nullptr;  // the same; or the column-major tensor that was asked for
+  void* recv_x = nullptr;       // only where the flight is `staged`: ordinary memory to copy to
+  void* recv_sf = nullptr;      // the same; or the column-major tensor that was asked for
   int64_t recv_sf_leading = 0;  // > 0: column-major with this leading dimension, in elements of 4 bytes
   int64_t* recv_topk_idx = nullptr;
   float* recv_topk_weights = nullptr;
@@ -78,7 +78,7 @@ struct Destination {
   char* sf = nullptr;
   char* scratch = nullptr;
   ScratchLayout layout;
-  int64_t row_limit = 0;  // rows that its x block holds
+  int64_t row_limit = 0;    // rows that its x block holds
   int64_t first_token = 0;  // this source's first row among its unique tokens
 };
 
@@ -90,7 +90,7 @@ struct DispatchFlight {
   int64_t num_rows = 0;
   int64_t num_output_rows = 0;
   int64_t num_max_tokens_per_rank = 0;
-  bool staged = false;  // users hold too much already: the result moves to ordinary memory
+  bool staged = false;      // users hold too much already: the result moves to ordinary memory
   BlockPtr x, sf, scratch;  // x and sf: until tensors take them over
   BlockRef x_ref, sf_ref;
   char *x_data = nullptr, *sf_data = nullptr;
@@ -113,7 +113,7 @@ struct CombineParams {
   int64_t hidden = 0;
   RowType dtype = RowType::bf16;
   const float* weights = nullptr;  // [y_rows, num_weights], contiguous; num_weights 1 for expand
-  int num_weights = 0;  // 0: none were given
+  int num_weights = 0;             // 0: none were given
   const void* bias[2] = {nullptr, nullptr};
   int num_bias = 0;
   bool reduce_per_rank = false;

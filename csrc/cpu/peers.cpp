@@ -63,7 +63,9 @@ Peers::~Peers() {
     if (fd >= 0) ::close(fd);
 }
 
-SegmentAddress Peers::endpoint() const { return {getpid(), own_segment_->fd(), own_segment_->bytes()}; }
+SegmentAddress Peers::endpoint() const {
+  return {getpid(), own_segment_->fd(), own_segment_->bytes()};
+}
 
 void Peers::connect(const std::vector<SegmentAddress>& addresses) {
   for (int r = 0; r < num_ranks(); ++r) {
@@ -126,7 +128,8 @@ void Peers::map_all() {
   for (int r = 0; r < num_ranks(); ++r) {
     if (r == rank()) continue;
     const uint32_t n = of(r).num_segments.load(std::memory_order_acquire);
-    for (uint32_t id = 0; id < n; ++id) address(r, {id, 0, 0});
+    for (uint32_t id = 0; id < n; ++id)
+      address(r, {id, 0, 0});
   }
 }
 
@@ -135,7 +138,7 @@ void Peers::ring(Control& control) {
   if (control.sleepers.load(std::memory_order_seq_cst) > 0) futex_wake_all(&control.bell);
 }
 
-void Peers::signal_all(std::atomic<uint64_t> Inbox::*word, uint64_t seq) {
+void Peers::signal_all(std::atomic<uint64_t> Inbox::* word, uint64_t seq) {
   for (int i = 0; i < num_ranks(); ++i) {
     // Start behind ourselves, so that not everybody rings rank 0 first.
     const int r = (rank() + i) % num_ranks();
@@ -144,7 +147,7 @@ void Peers::signal_all(std::atomic<uint64_t> Inbox::*word, uint64_t seq) {
   }
 }
 
-void Peers::wait(std::atomic<uint64_t> Inbox::*word, uint64_t seq, const Where& where, const Interrupted& interrupted,
+void Peers::wait(std::atomic<uint64_t> Inbox::* word, uint64_t seq, const Where& where, const Interrupted& interrupted,
                  const std::vector<int>* sources) {
   const int count = sources ? static_cast<int>(sources->size()) : num_ranks();
   int next = 0;  // everybody before it has come
@@ -204,7 +207,7 @@ void Peers::wait(std::atomic<uint64_t> Inbox::*word, uint64_t seq, const Where& 
   }
 }
 
-void Peers::check_peers(const std::vector<int>& missing, std::atomic<uint64_t> Inbox::*word, uint64_t seq,
+void Peers::check_peers(const std::vector<int>& missing, std::atomic<uint64_t> Inbox::* word, uint64_t seq,
                         const Where& where) {
   if (cancelled_.load(std::memory_order_acquire)) throw Error(ErrorKind::general, cancel_reason_);
   raise_if_poisoned(where);
@@ -223,7 +226,8 @@ void Peers::check_peers(const std::vector<int>& missing, std::atomic<uint64_t> I
   }
   if (gone.empty()) return;
   std::string pids;
-  for (int r : gone) pids += (pids.empty() ? "" : ", ") + std::to_string(pids_[r]);
+  for (int r : gone)
+    pids += (pids.empty() ? "" : ", ") + std::to_string(pids_[r]);
   Error error(ErrorKind::peer, std::string(name_of(where.op)) + " (operation " + std::to_string(where.seq) +
                                    ", phase " + where.phase + "): ranks " + join(gone) + " (process " + pids + ") " +
                                    how + " while rank " + std::to_string(rank()) +
@@ -244,9 +248,9 @@ void Peers::raise_poison(int culprit, const Where& where) {
   // Its own doing (a signal, its destroy, an exception) makes it the peer that is gone; a timeout or a dead rank stays
   // what it was.
   const bool its_own = kind == ErrorKind::interrupted || kind == ErrorKind::general;
-  Error error(its_own ? ErrorKind::peer : kind,
-              std::string(name_of(where.op)) + " (operation " + std::to_string(where.seq) + ", phase " + where.phase +
-                  "): rank " + std::to_string(culprit) + " gave this buffer up: " + note.text);
+  Error error(its_own ? ErrorKind::peer : kind, std::string(name_of(where.op)) + " (operation " +
+                                                    std::to_string(where.seq) + ", phase " + where.phase + "): rank " +
+                                                    std::to_string(culprit) + " gave this buffer up: " + note.text);
   error.ranks.assign(note.ranks, note.ranks + std::min<uint32_t>(note.num_ranks, kMaxNamedRanks));
   error.seconds = note.seconds;
   error.how = its_own ? "gave the buffer up" : "reported by rank " + std::to_string(culprit);
@@ -262,7 +266,8 @@ void Peers::poison(const Error& error, Op op) {
   note.seq = error.seq;
   note.seconds = error.seconds;
   note.num_ranks = static_cast<uint32_t>(std::min<size_t>(error.ranks.size(), kMaxNamedRanks));
-  for (uint32_t i = 0; i < note.num_ranks; ++i) note.ranks[i] = error.ranks[i];
+  for (uint32_t i = 0; i < note.num_ranks; ++i)
+    note.ranks[i] = error.ranks[i];
   copy_text(note.phase, sizeof note.phase, error.phase);
   copy_text(note.text, sizeof note.text, error.message);
   note.state.store(1, std::memory_order_release);

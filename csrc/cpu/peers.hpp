@@ -62,7 +62,7 @@ class Peers {
   int num_ranks() const { return options_.num_ranks; }
   Control& own() { return *own_control_; }
   Control& of(int rank) { return *controls_[rank]; }
-  Inbox& inbox(int source) { return inbox_of(own_control_)[source]; }           // what `source` told us
+  Inbox& inbox(int source) { return inbox_of(own_control_)[source]; }                           // what `source` told us
   Inbox& inbox_at(int destination) { return inbox_of(controls_[destination])[options_.rank]; }  // what we tell
 
   // A new segment of the own heap becomes known to peers, who map it when a record first names it.
@@ -73,11 +73,11 @@ class Peers {
   void map_all();
 
   // Store `seq` in one of the words of our inbox at every destination and wake whoever sleeps there.
-  void signal_all(std::atomic<uint64_t> Inbox::*word, uint64_t seq);
+  void signal_all(std::atomic<uint64_t> Inbox::* word, uint64_t seq);
 
   // Returns when `word` of the inbox of every rank in `sources` (all if null) has reached `seq`. Throws Error: peer
   // dead or destroyed, buffer poisoned by a peer, deadline passed, interrupted, cancelled.
-  void wait(std::atomic<uint64_t> Inbox::*word, uint64_t seq, const Where& where, const Interrupted& interrupted,
+  void wait(std::atomic<uint64_t> Inbox::* word, uint64_t seq, const Where& where, const Interrupted& interrupted,
             const std::vector<int>* sources = nullptr);
 
   // Throws what a peer gave the buffer up for, if one did.
@@ -90,7 +90,7 @@ class Peers {
  private:
   std::shared_ptr<const Segment> attach(const SegmentAddress& address, const SegmentHeader& expected,
                                         uint64_t prefault_bytes) const;
-  void check_peers(const std::vector<int>& missing, std::atomic<uint64_t> Inbox::*word, uint64_t seq,
+  void check_peers(const std::vector<int>& missing, std::atomic<uint64_t> Inbox::* word, uint64_t seq,
                    const Where& where);
   void ring(Control& control);
   [[noreturn]] void raise_poison(int culprit, const Where& where);
@@ -101,7 +101,7 @@ class Peers {
   std::vector<std::shared_ptr<const Segment>> control_segments_;
   std::vector<Control*> controls_;
   std::vector<int> pids_;
-  std::vector<int> pidfds_;  // -1: a thread of this process
+  std::vector<int> pidfds_;                                         // -1: a thread of this process
   std::vector<std::vector<std::shared_ptr<const Segment>>> heaps_;  // by rank, by segment id; own entry unused
   char* own_segments_[kMaxSegments] = {};  // fixed: read by the worker while another thread grows the heap
   std::atomic<bool> cancelled_{false};

@@ -20,9 +20,11 @@ uint64_t probe_read(const void* from, size_t bytes) {
   const auto* at = static_cast<const uint64_t*>(from);
   uint64_t sums[8] = {};
   for (size_t i = 0; i + 8 <= bytes / 8; i += 8)
-    for (size_t j = 0; j < 8; ++j) sums[j] += at[i + j];
+    for (size_t j = 0; j < 8; ++j)
+      sums[j] += at[i + j];
   uint64_t sum = 0;
-  for (uint64_t s : sums) sum += s;
+  for (uint64_t s : sums)
+    sum += s;
   return sum;
 }
 

@@ -140,12 +140,14 @@ inline void reduce_elements(const ReduceRow& row, size_t begin, size_t end) {
     if (row.num_bias > 0) acc = element_at<Rows>(row.bias[0], i);
     if (row.num_bias > 1) acc = acc + element_at<Rows>(row.bias[1], i);
     if (row.group_end == nullptr) {
-      for (int32_t r = 0; r < row.num_rows; ++r) acc = acc + element_at<Rows>(row.rows[r], i);
+      for (int32_t r = 0; r < row.num_rows; ++r)
+        acc = acc + element_at<Rows>(row.rows[r], i);
     } else {
       int32_t r = 0;
       for (int32_t g = 0; g < row.num_groups; ++g) {
         typename Rows::Scalar sum = 0;
-        for (; r < row.group_end[g]; ++r) sum = sum + element_at<Rows>(row.rows[r], i);
+        for (; r < row.group_end[g]; ++r)
+          sum = sum + element_at<Rows>(row.rows[r], i);
         acc = acc + Rows::widen_one(Rows::round_one(sum));
       }
     }
@@ -216,13 +218,15 @@ DEEP_EP_INLINE void reduce_block(const ReduceRow& row, size_t offset) {
     acc.clear();
   }
   if (!Grouped) {
-    for (int32_t r = 0; r < row.num_rows; ++r) acc.add(static_cast<const char*>(row.rows[r]) + offset);
+    for (int32_t r = 0; r < row.num_rows; ++r)
+      acc.add(static_cast<const char*>(row.rows[r]) + offset);
   } else {
     int32_t r = 0;
     for (int32_t g = 0; g < row.num_groups; ++g) {
       Block<Rows, Count> sum;
       sum.clear();
-      for (; r < row.group_end[g]; ++r) sum.add(static_cast<const char*>(row.rows[r]) + offset);
+      for (; r < row.group_end[g]; ++r)
+        sum.add(static_cast<const char*>(row.rows[r]) + offset);
       acc.add_rounded(sum);
     }
   }
@@ -240,8 +244,10 @@ void reduce_span(const ReduceRow& row) {
   if (at > bytes) at = bytes;
   reduce_elements<Rows>(row, 0, at / kElement);
   constexpr size_t kBlock = kCount * kWidth;
-  for (; at + kBlock <= bytes; at += kBlock) reduce_block<Isa, Rows, kCount, Grouped, Stream>(row, at);
-  for (; at + kWidth <= bytes; at += kWidth) reduce_block<Isa, Rows, 1, Grouped, Stream>(row, at);
+  for (; at + kBlock <= bytes; at += kBlock)
+    reduce_block<Isa, Rows, kCount, Grouped, Stream>(row, at);
+  for (; at + kWidth <= bytes; at += kWidth)
+    reduce_block<Isa, Rows, 1, Grouped, Stream>(row, at);
   reduce_elements<Rows>(row, at / kElement, row.elems);
 }
 

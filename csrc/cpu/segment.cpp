@@ -22,7 +22,9 @@ namespace {
   throw Error(ErrorKind::general, what + ": " + std::strerror(errno));
 }
 
-std::string megabytes(size_t bytes) { return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB"; }
+std::string megabytes(size_t bytes) {
+  return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB";
+}
 
 bool same(const SegmentHeader& a, const SegmentHeader& b) {
   return a.magic == b.magic && a.version == b.version && a.kind == b.kind && a.epoch == b.epoch && a.rank == b.rank &&
@@ -55,7 +57,7 @@ std::shared_ptr<Segment> Segment::attach(const SegmentAddress& address, const Se
   if (segment->fd_ < 0) fail("opening the " + what);
   // Seal and size first: a file that could shrink would turn a later read into SIGBUS.
   const int seals = fcntl(segment->fd_, F_GET_SEALS);
-  struct stat status {};
+  struct stat status{};
   if (fstat(segment->fd_, &status) != 0) fail("reading the size of the " + what);
   if (seals < 0 || !(seals & F_SEAL_SHRINK) || status.st_size != static_cast<off_t>(expected.bytes))
     throw Error(ErrorKind::general, what + " is not ours: " + std::to_string(status.st_size) + " bytes, seals " +
@@ -73,8 +75,8 @@ std::shared_ptr<Segment> Segment::attach(const SegmentAddress& address, const Se
 void Segment::map(size_t bytes, const std::string& what) {
   // Reserve more and map inside, so that huge pages line up: file offset 0 must lie on a huge-page boundary.
   const size_t slack = bytes >= kHugePage ? kHugePage : 0;
-  char* area = static_cast<char*>(
-      mmap(nullptr, bytes + slack, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  char* area =
+      static_cast<char*>(mmap(nullptr, bytes + slack, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (area == MAP_FAILED) fail("no address space for " + what);
   char* start = slack ? reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(area) + slack - 1) / slack * slack) : area;
   if (mmap(start, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd_, 0) == MAP_FAILED) {
@@ -87,8 +89,8 @@ void Segment::map(size_t bytes, const std::string& what) {
   if (start - area < static_cast<ptrdiff_t>(slack)) {
     const long page = sysconf(_SC_PAGESIZE);
     char* end = start + (bytes + static_cast<size_t>(page) - 1) / static_cast<size_t>(page) * static_cast<size_t>(page);
-    char* area_end = area + (bytes + slack + static_cast<size_t>(page) - 1) / static_cast<size_t>(page) *
-                                static_cast<size_t>(page);
+    char* area_end =
+        area + (bytes + slack + static_cast<size_t>(page) - 1) / static_cast<size_t>(page) * static_cast<size_t>(page);
     if (end < area_end) munmap(end, static_cast<size_t>(area_end - end));
   }
   base_ = start;

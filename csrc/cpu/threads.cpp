@@ -10,7 +10,8 @@ CopyThreads::~CopyThreads() {
     stop_ = true;
   }
   wake_.notify_all();
-  for (auto& thread : threads_) thread.join();
+  for (auto& thread : threads_)
+    thread.join();
 }
 
 void CopyThreads::work() {
@@ -45,7 +46,8 @@ void CopyThreads::run(int64_t n, int64_t chunk, int num_threads, const std::func
     return;
   }
   std::unique_lock<std::mutex> lock(mutex_);
-  while (static_cast<int>(threads_.size()) < helpers) threads_.emplace_back([this] { loop(); });
+  while (static_cast<int>(threads_.size()) < helpers)
+    threads_.emplace_back([this] { loop(); });
   body_ = &body;
   n_ = n;
   chunk_ = chunk;

@@ -13,14 +13,14 @@ namespace {
 template <int Width>
 struct Vectors;
 
-#define DEEP_EP_VECTORS(width)                                       \
-  template <>                                                        \
-  struct Vectors<width> {                                            \
-    typedef uint32_t Bits __attribute__((vector_size(width)));       \
-    typedef int32_t Ints __attribute__((vector_size(width)));        \
-    typedef float Floats __attribute__((vector_size(width)));        \
-    typedef double Doubles __attribute__((vector_size(width)));      \
-    typedef uint64_t LongBits __attribute__((vector_size(width)));   \
+#define DEEP_EP_VECTORS(width)                                     \
+  template <>                                                      \
+  struct Vectors<width> {                                          \
+    typedef uint32_t Bits __attribute__((vector_size(width)));     \
+    typedef int32_t Ints __attribute__((vector_size(width)));      \
+    typedef float Floats __attribute__((vector_size(width)));      \
+    typedef double Doubles __attribute__((vector_size(width)));    \
+    typedef uint64_t LongBits __attribute__((vector_size(width))); \
   };
 DEEP_EP_VECTORS(16)
 #if defined(__AVX2__)

@@ -21,12 +21,12 @@ struct Error : std::exception {
   std::string phase;
   uint64_t seq = 0;
   std::vector<int> ranks;
-  double seconds = 0;                // timeout
-  std::string field;                 // mismatch: what differs; argument: which
-  std::vector<int64_t> values;       // mismatch: each rank's value
-  std::vector<std::string> names;    // mismatch: each rank's value as a word, where it has one
-  std::string how;                   // peer: how it went
-  std::string expected, got;         // argument
+  double seconds = 0;              // timeout
+  std::string field;               // mismatch: what differs; argument: which
+  std::vector<int64_t> values;     // mismatch: each rank's value
+  std::vector<std::string> names;  // mismatch: each rank's value as a word, where it has one
+  std::string how;                 // peer: how it went
+  std::string expected, got;       // argument
 
   Error(ErrorKind kind_, std::string message_) : kind(kind_), message(std::move(message_)) {}
   const char* what() const noexcept override { return message.c_str(); }
@@ -34,17 +34,22 @@ struct Error : std::exception {
 
 inline const char* name_of(Op op) {
   switch (op) {
-    case Op::dispatch: return "dispatch";
-    case Op::cached_dispatch: return "cached dispatch";
-    case Op::combine: return "combine";
-    case Op::barrier: return "barrier";
+    case Op::dispatch:
+      return "dispatch";
+    case Op::cached_dispatch:
+      return "cached dispatch";
+    case Op::combine:
+      return "combine";
+    case Op::barrier:
+      return "barrier";
   }
   return "operation";
 }
 
 inline std::string join(const std::vector<int>& ranks) {
   std::string text = "[";
-  for (size_t i = 0; i < ranks.size(); ++i) text += (i ? ", " : "") + std::to_string(ranks[i]);
+  for (size_t i = 0; i < ranks.size(); ++i)
+    text += (i ? ", " : "") + std::to_string(ranks[i]);
   return text + "]";
 }
 

@@ -51,7 +51,8 @@ std::string layout_rank(const uint8_t* is_token_in_rank, int64_t num_tokens, int
 
 int64_t CountMatrix::tokens_to(int destination) const {
   int64_t sum = 0;
-  for (int s = 0; s < num_ranks; ++s) sum += rank[static_cast<size_t>(s) * num_ranks + destination];
+  for (int s = 0; s < num_ranks; ++s)
+    sum += rank[static_cast<size_t>(s) * num_ranks + destination];
   return sum;
 }
 
@@ -62,7 +63,8 @@ ExpandedRows expanded_rows(const CountMatrix& matrix, const Placement& placement
   out.count.assign(num_experts, 0);
   out.rows.assign(matrix.num_ranks, 0);
   for (int s = 0; s < matrix.num_ranks; ++s)
-    for (int e = 0; e < num_experts; ++e) out.count[e] += matrix.expert[static_cast<size_t>(s) * num_experts + e];
+    for (int e = 0; e < num_experts; ++e)
+      out.count[e] += matrix.expert[static_cast<size_t>(s) * num_experts + e];
   // Experts of a rank in local order, whatever the order of the table.
   std::vector<std::vector<int>> by_rank(matrix.num_ranks);
   for (int e = 0; e < num_experts; ++e) {
@@ -86,14 +88,16 @@ void finish_targets(Layout layout, const CountMatrix& matrix, const ExpandedRows
     const size_t num_experts = expanded->first.size();
     std::vector<int64_t> base(expanded->first);
     for (int s = 0; s < source; ++s)
-      for (size_t e = 0; e < num_experts; ++e) base[e] += matrix.expert[s * num_experts + e];
+      for (size_t e = 0; e < num_experts; ++e)
+        base[e] += matrix.expert[s * num_experts + e];
     for (int64_t i = 0; i < n; ++i)
       if (targets[i] >= 0) targets[i] += base[topk_idx[i]];
     return;
   }
   std::vector<int64_t> base(matrix.num_ranks, 0);
   for (int s = 0; s < source; ++s)
-    for (int r = 0; r < matrix.num_ranks; ++r) base[r] += matrix.rank[static_cast<size_t>(s) * matrix.num_ranks + r];
+    for (int r = 0; r < matrix.num_ranks; ++r)
+      base[r] += matrix.rank[static_cast<size_t>(s) * matrix.num_ranks + r];
   for (int64_t i = 0; i < n; ++i)
     if (targets[i] >= 0) targets[i] += base[target_rank(targets[i])];
 }
@@ -101,7 +105,8 @@ void finish_targets(Layout layout, const CountMatrix& matrix, const ExpandedRows
 void rank_prefix(const CountMatrix& matrix, int32_t* out) {
   const int n = matrix.num_ranks;
   for (int s = 0; s < n; ++s)
-    for (int r = 0; r < n; ++r) out[s * n + r] = matrix.rank[s * n + r] + (s ? out[(s - 1) * n + r] : 0);
+    for (int r = 0; r < n; ++r)
+      out[s * n + r] = matrix.rank[s * n + r] + (s ? out[(s - 1) * n + r] : 0);
 }
 
 void heads_from_targets(const int64_t* targets, const int32_t* prefix, int source, int num_ranks, int64_t num_tokens,
@@ -126,7 +131,8 @@ uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {
   // FNV-1a with a final mix: a fingerprint against mix-ups, not against malice.
   const auto* at = static_cast<const unsigned char*>(data);
   uint64_t h = 0xcbf29ce484222325ULL ^ seed;
-  for (size_t i = 0; i < bytes; ++i) h = (h ^ at[i]) * 0x100000001b3ULL;
+  for (size_t i = 0; i < bytes; ++i)
+    h = (h ^ at[i]) * 0x100000001b3ULL;
   h ^= h >> 32;
   return (h * 0x9e3779b97f4a7c15ULL) >> 1;
 }

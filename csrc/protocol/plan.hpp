@@ -10,14 +10,25 @@ namespace deep_ep {
 // How the columns of `targets` are read; see deep_ep_py/types.py, PlanLayout.
 enum class Layout : int32_t { rank = 0, topk = 1, expand = 2 };
 
-// One entry of `targets`: -1, or destination rank << 32 | row, with kSharedRow on all but the last slot of a shared row.
+// One entry of `targets`: -1, or destination rank << 32 | row, with kSharedRow on all but the last slot of a shared
+// row.
 constexpr int64_t kSharedRow = int64_t{1} << 62;
-inline int64_t make_target(int rank, int64_t row) { return (static_cast<int64_t>(rank) << 32) | row; }
-inline bool moves(int64_t target) { return target >= 0 && !(target & kSharedRow); }
-inline int target_rank(int64_t target) { return static_cast<int>((target & ~kSharedRow) >> 32); }
-inline int64_t target_row(int64_t target) { return target & 0xffffffff; }
+inline int64_t make_target(int rank, int64_t row) {
+  return (static_cast<int64_t>(rank) << 32) | row;
+}
+inline bool moves(int64_t target) {
+  return target >= 0 && !(target & kSharedRow);
+}
+inline int target_rank(int64_t target) {
+  return static_cast<int>((target & ~kSharedRow) >> 32);
+}
+inline int64_t target_row(int64_t target) {
+  return target & 0xffffffff;
+}
 
-inline int64_t align_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t align_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
 
 // Where experts live.
 struct Placement {

@@ -35,7 +35,9 @@ DEEP_EP_PURE float bits_float(uint32_t bits) {
   return value;
 }
 
-DEEP_EP_PURE float bf16_to_float(uint16_t bits) { return bits_float(static_cast<uint32_t>(bits) << 16); }
+DEEP_EP_PURE float bf16_to_float(uint16_t bits) {
+  return bits_float(static_cast<uint32_t>(bits) << 16);
+}
 
 DEEP_EP_PURE uint16_t float_to_bf16(float value) {
   const uint32_t bits = float_bits(value);
@@ -73,7 +75,9 @@ DEEP_EP_PURE uint16_t float_to_half(float value) {
 }
 
 // Accumulator -> row, for rows as wide as their accumulator: only NaN changes.
-DEEP_EP_PURE float canonical_float(float value) { return value != value ? bits_float(kFloatNaN) : value; }
+DEEP_EP_PURE float canonical_float(float value) {
+  return value != value ? bits_float(kFloatNaN) : value;
+}
 
 DEEP_EP_PURE double canonical_double(double value) {
   if (value == value) return value;

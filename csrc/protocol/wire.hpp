@@ -50,7 +50,7 @@ struct Record {
   uint64_t seq;
   Op op;
   Status status;
-  int64_t fields[kMaxFields];  // arguments that must agree; names by operation in fields.hpp
+  int64_t fields[kMaxFields];   // arguments that must agree; names by operation in fields.hpp
   BlockRef blocks[kMaxBlocks];  // dispatch: offers for x, sf, scratch. combine: y, weights
   BlockRef counts;              // dispatch: int32 [num_ranks] tokens per rank, then [num_experts] slots per expert
   char text[kTextBytes];        // why it failed

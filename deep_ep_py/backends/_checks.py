@@ -88,7 +88,7 @@ def check_combine(spec: CombineSpec) -> None:
 def check_worst_case(spec: DispatchSpec, counts: torch.Tensor, worst: Sequence[int], seq: int) -> None:
     """Raises EPArgumentError, on every rank: some rank receives more rows than its outputs were fixed to."""
     rows = rows_per_rank(spec, counts)
-    over = [r for r, n in enumerate(worst) if n and rows[r] > n]
+    over = [r for r, n in enumerate(worst) if 0 <= n < rows[r]]
     if over:
         r = over[0]
         message = (

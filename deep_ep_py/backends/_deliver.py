@@ -30,7 +30,9 @@ def allocate(spec: DispatchSpec, plan: Plan, num_ranks: int) -> Dispatched:
     if new and plan.layout == "rank":
         recv_meta = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
     elif new:
-        num_meta = num_ranks * plan.num_max_tokens_per_rank if spec.num_worst_tokens is not None else plan.num_recv_tokens
+        num_meta = (
+            num_ranks * plan.num_max_tokens_per_rank if spec.num_worst_tokens is not None else plan.num_recv_tokens
+        )
         recv_meta = torch.full((num_meta, 2 + plan.targets.shape[1]), -1, dtype=torch.int32, device="cpu")
     return Dispatched(recv_x, recv_sf, recv_idx, recv_weights, recv_meta, plan)
 

@@ -73,7 +73,7 @@ class Backend(Protocol):
     def prepare(
         self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
     ) -> Flight:
-        """Begin a dispatch: rendezvous with every rank, then outputs of the right size. ``Flight.result``: Dispatched."""
+        """Begin a dispatch: rendezvous with every rank, then outputs of that size. ``Flight.result``: Dispatched."""
 
     def dispatch_send(self, flight: Flight) -> None: ...
 

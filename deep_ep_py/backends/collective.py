@@ -79,7 +79,8 @@ class CollectiveBackend:
 
     def _begin_dispatch(self, spec: DispatchSpec, previous: Sequence[CompletionEvent]) -> Delivery:
         agree = dispatch_agrees_on(spec)
-        tell = {"num_worst_tokens": spec.num_worst_tokens, "num_tokens": spec.x.shape[0]}
+        worst = -1 if spec.num_worst_tokens is None else spec.num_worst_tokens
+        tell = {"num_worst_tokens": worst, "num_tokens": spec.x.shape[0]}
         op = "dispatch" if spec.plan is None else "cached dispatch"
         records = self._meet(op, agree, tell, lambda: check_dispatch(spec), previous)
         plan = spec.plan

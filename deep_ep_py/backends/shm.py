@@ -12,7 +12,7 @@ from torch.utils.dlpack import from_dlpack
 
 from .. import _C
 from ..communicator import Communicator
-from ..errors import EPArgumentError, EPBackendUnavailableError, EPError
+from ..errors import EPBackendUnavailableError, EPError
 from ..event import CompletionEvent
 from ..settings import Settings, available_memory_bytes
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec, Plan
@@ -190,7 +190,9 @@ class ShmBackend:
         result = self._outputs(spec, flight, plan, rows, num_topk)
         return Flight(result, state=(flight, spec, background))
 
-    def _outputs(self, spec: DispatchSpec, flight: _C.DispatchFlight, plan: Plan, rows: int, num_topk: int) -> Dispatched:
+    def _outputs(
+        self, spec: DispatchSpec, flight: _C.DispatchFlight, plan: Plan, rows: int, num_topk: int
+    ) -> Dispatched:
         """Output tensors: rows in heap blocks (ordinary memory where the user holds too much), the rest ordinary."""
         x, sf = spec.x, spec.sf
         in_heap = not flight.staged and rows > 0

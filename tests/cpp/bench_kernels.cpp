@@ -34,7 +34,8 @@ constexpr size_t kRow = 14336, kTokens = 4096;
 char* shared_pages(size_t bytes) {  // as the heap's: shared, prefaulted
   void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (at == MAP_FAILED) std::abort();
-  for (size_t i = 0; i < bytes; i += 64) static_cast<char*>(at)[i] = static_cast<char>(i >> 12);
+  for (size_t i = 0; i < bytes; i += 64)
+    static_cast<char*>(at)[i] = static_cast<char>(i >> 12);
   return static_cast<char*>(at);
 }
 
@@ -57,7 +58,8 @@ double read_time(const char* at, size_t bytes) {
     uint64_t sum[8] = {}, word[8];
     for (size_t i = 0; i < bytes; i += 64) {
       std::memcpy(word, at + i, 64);
-      for (int w = 0; w < 8; ++w) sum[w] += word[w];
+      for (int w = 0; w < 8; ++w)
+        sum[w] += word[w];
     }
     sink = sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
   });
@@ -66,7 +68,8 @@ double read_time(const char* at, size_t bytes) {
 double write_time(char* at, size_t bytes) {
   return seconds([&] {
 #if defined(__x86_64__)
-    for (size_t i = 0; i < bytes; i += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(at + i), _mm_set1_epi8(1));
+    for (size_t i = 0; i < bytes; i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(at + i), _mm_set1_epi8(1));
     _mm_sfence();
 #else
     std::memset(at, 1, bytes);
@@ -81,12 +84,14 @@ void bench_case(const char* what, int rows, bool reduce) {
   char* dst = shared_pages(reduce ? total : total * many);
   std::vector<size_t> at(kTokens * many);
   std::mt19937 rng(1);
-  for (size_t& i : at) i = rng() % (kTokens * (reduce ? many : 1)) * kRow;
+  for (size_t& i : at)
+    i = rng() % (kTokens * (reduce ? many : 1)) * kRow;
   const auto run = [&](const Kernels& k) {
     for (size_t t = 0; t < kTokens; ++t) {
       if (reduce) {
         const void* from[8];
-        for (size_t r = 0; r < many; ++r) from[r] = src + at[t * many + r];
+        for (size_t r = 0; r < many; ++r)
+          from[r] = src + at[t * many + r];
         ReduceRow p;
         p.rows = from;
         p.num_rows = rows;
@@ -96,7 +101,8 @@ void bench_case(const char* what, int rows, bool reduce) {
         k.reduce_row[0](p);
       } else {
         void* to[8];
-        for (size_t r = 0; r < many; ++r) to[r] = dst + total * r + (t * 7 + r * 3) % kTokens * kRow;
+        for (size_t r = 0; r < many; ++r)
+          to[r] = dst + total * r + (t * 7 + r * 3) % kTokens * kRow;
         k.copy_row(src + t * kRow, to, rows, kRow, true);
       }
     }
@@ -133,7 +139,8 @@ void bench_small() {
   for (const Kernels* k : all_kernels()) {
     for (size_t bytes : {1, 7, 16, 32, 64}) {
       const double time = seconds([&] {
-        for (int i = 0; i < 1000000; ++i) k->copy_row(src, dst, 1, bytes, false);
+        for (int i = 0; i < 1000000; ++i)
+          k->copy_row(src, dst, 1, bytes, false);
       });
       std::printf("copy   %2zu bytes  %-7s %5.1f ns\n", bytes, k->name, time * 1e3);
     }
@@ -144,7 +151,9 @@ void bench_small() {
 
 int main() {
   bench_small();
-  for (int n : {1, 2, 3, 4}) bench_case("copy", n, false);
-  for (int n : {2, 4, 8}) bench_case("reduce", n, true);
+  for (int n : {1, 2, 3, 4})
+    bench_case("copy", n, false);
+  for (int n : {2, 4, 8})
+    bench_case("reduce", n, true);
   return 0;
 }

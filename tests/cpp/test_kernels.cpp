@@ -73,10 +73,18 @@ Scalar get(RowType type, const void* row, size_t i) {
   float f = 0;
   double d = 0;
   switch (type) {
-    case RowType::bf16: std::memcpy(&bits, at, 2); return static_cast<Scalar>(decode(bits, kBf16));
-    case RowType::f16: std::memcpy(&bits, at, 2); return static_cast<Scalar>(decode(bits, kHalf));
-    case RowType::f32: std::memcpy(&f, at, 4); return static_cast<Scalar>(f);
-    default: std::memcpy(&d, at, 8); return static_cast<Scalar>(d);
+    case RowType::bf16:
+      std::memcpy(&bits, at, 2);
+      return static_cast<Scalar>(decode(bits, kBf16));
+    case RowType::f16:
+      std::memcpy(&bits, at, 2);
+      return static_cast<Scalar>(decode(bits, kHalf));
+    case RowType::f32:
+      std::memcpy(&f, at, 4);
+      return static_cast<Scalar>(f);
+    default:
+      std::memcpy(&d, at, 8);
+      return static_cast<Scalar>(d);
   }
 }
 
@@ -109,11 +117,13 @@ void reduce_oracle(RowType type, const ReduceRow& p, void* out) {
     int r = 0;
     for (int g = 0; g < (p.group_end != nullptr ? p.num_groups : 0); ++g) {
       Scalar sum = 0;
-      while (r < p.group_end[g]) sum += get<Scalar>(type, p.rows[r++], i);
+      while (r < p.group_end[g])
+        sum += get<Scalar>(type, p.rows[r++], i);
       put<Scalar>(type, rounded, 0, sum);
       acc += get<Scalar>(type, rounded, 0);
     }
-    while (p.group_end == nullptr && r < p.num_rows) acc += get<Scalar>(type, p.rows[r++], i);
+    while (p.group_end == nullptr && r < p.num_rows)
+      acc += get<Scalar>(type, p.rows[r++], i);
     put<Scalar>(type, out, i, acc);
   }
 }
@@ -278,7 +288,8 @@ void test_reduce() {
           p.rows = pointers.data() + bias;
           p.num_rows = rows;
           p.num_bias = bias;
-          for (int b = 0; b < bias; ++b) p.bias[b] = pointers[static_cast<size_t>(b)];
+          for (int b = 0; b < bias; ++b)
+            p.bias[b] = pointers[static_cast<size_t>(b)];
           p.elems = elems;
           for (bool grouped : {false, true}) {
             p.group_end = grouped ? ends.data() : nullptr;
@@ -301,7 +312,7 @@ void test_reduce() {
 }
 
 void test_float_environment() {
-  const uint16_t tiny = 0x0001;  // the smallest bf16 subnormal
+  const uint16_t tiny = 0x0001;            // the smallest bf16 subnormal
   const float terms[] = {1.0f, 0x1p-25f};  // nearest: 1.0
   const void* tiny_rows[] = {&tiny, &tiny};
   const void* term_rows[] = {&terms[0], &terms[1]};
@@ -338,12 +349,14 @@ void test_copy() {
   std::mt19937_64 rng(3);
   std::vector<size_t> sizes(400);
   std::iota(sizes.begin(), sizes.end(), 0);
-  for (size_t more : {511, 512, 1000, 4097, 14336, 14337}) sizes.push_back(more);
+  for (size_t more : {511, 512, 1000, 4097, 14336, 14337})
+    sizes.push_back(more);
   for (size_t bytes : sizes) {
     for (int num_dst = 0; num_dst <= 5; ++num_dst) {
       arena.reset();
       char* src = arena.take(bytes, rng() % 70);
-      for (size_t i = 0; i < bytes; ++i) src[i] = static_cast<char>(rng());
+      for (size_t i = 0; i < bytes; ++i)
+        src[i] = static_cast<char>(rng());
       for (const Kernels* k : all_kernels()) {
         for (bool stream : {false, true}) {
           const size_t room = bytes + 256;
@@ -360,8 +373,8 @@ void test_copy() {
           k->copy_row(src, dst, num_dst, bytes, stream);
           k->fence();
           if (memory != expected) {
-            fail("copy bytes=" + std::to_string(bytes) + " num_dst=" + std::to_string(num_dst) + " stream=" +
-                 std::to_string(stream) + ", " + k->name);
+            fail("copy bytes=" + std::to_string(bytes) + " num_dst=" + std::to_string(num_dst) +
+                 " stream=" + std::to_string(stream) + ", " + k->name);
           }
         }
       }

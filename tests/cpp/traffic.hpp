@@ -128,7 +128,7 @@ class Exchange {
   const std::shared_ptr<deep_ep::Event>& event() const { return flight_->event; }
 
   // Begins (and, but for the background, ends) a dispatch; `cached` repeats the plan of the first.
-  void dispatch(deep_ep::Engine& engine, bool cached, bool background, int64_t num_worst_tokens = 0) {
+  void dispatch(deep_ep::Engine& engine, bool cached, bool background, int64_t num_worst_tokens = -1) {
     deep_ep::DispatchParams p;
     const int64_t tokens = routing_.num_tokens[rank_];
     p.layout = routing_.layout;

@@ -96,10 +96,10 @@ def run_world(
             ranks = [Rank(int(p.pid or 0)) for p in processes]
             done = _collect(ranks, [receiver for receiver, _ in pipes], lost, watch, timeout_seconds)
         finally:
-            for process in processes:
+            for rank, process in enumerate(processes):
                 if process.pid is not None:
-                    process.join(timeout=0 if process.exitcode is None else None)
-                    if process.is_alive() and not (process.join(timeout=3) or process.exitcode is not None):
+                    process.join(timeout=0 if rank in lost else 3)
+                    if process.is_alive():
                         process.kill()
                         process.join()
         for rank, process in zip(ranks, processes, strict=True):

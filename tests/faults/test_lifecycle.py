@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -251,7 +250,7 @@ def rank_body(comm, number):
     result = kept[comm.rank] = v1.dispatch(buffer, case, comm.rank)
     if number % 3:
         buffer.combine(result[0], result[4], async_finish=True)
-    if number % 3 == 2 and comm.rank == 0:
+    if number in (2, 5) and comm.rank == 0:
         buffer.combine(result[0].clone(), result[4], async_finish=True)  # waits for rank 1, who never comes
 
 number = 0
@@ -283,8 +282,3 @@ def exit_of_a_process(world: World):
 @pytest.mark.processes
 def test_exit_of_processes():
     assert [r.exitcode for r in run_world(2, exit_of_a_process)] == [0, 0]
-
-
-def test_nothing_of_ours_is_in_a_file_system():
-    names = [p.name for folder in ("/dev/shm", "/tmp") for p in Path(folder).glob("*deep_ep_py*")]
-    assert not [n for n in names if n.startswith(("deep_ep_py", "memfd"))], names
