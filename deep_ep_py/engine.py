@@ -126,8 +126,12 @@ class Engine:
         backend = self.backend
         with self._lock:
             flight = backend.prepare(spec, background=background, previous=_waiting(previous))
-            backend.dispatch_send(flight)
-            result = backend.dispatch_recv(flight)
+            try:
+                backend.dispatch_send(flight)
+                result = backend.dispatch_recv(flight)
+            except BaseException:
+                backend.abort(flight)
+                raise
         return result, _event_of(flight.event, background)
 
     def combine(self, spec: CombineSpec, *, background: bool, previous: Sequence[Any]) -> tuple[Combined, EventOverlap]:

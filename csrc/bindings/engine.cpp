@@ -125,9 +125,14 @@ void bind_engine(py::module_& m) {
             if (self.in_child()) return;
             Engine& engine_ref = self.get();
             py::gil_scoped_release unlocked;
-            engine_ref.close(grace_seconds, nullptr);
+            engine_ref.close(grace_seconds);
           },
           py::kw_only(), py::arg("grace_seconds"))
+      .def("abandon",
+           [](PyEngine& self, PyFlight& flight) {
+             if (!flight.flight->moved) self.get().abandon(*flight.flight);
+           },
+           py::kw_only(), py::arg("flight"))
       .def("statistics", &statistics)
       .def(
           "set_phase_hook",

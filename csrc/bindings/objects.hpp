@@ -20,12 +20,12 @@ class PyEngine {
  public:
   explicit PyEngine(const EngineOptions& options) : pid_(getpid()) {
     pybind11::gil_scoped_release unlocked;
-    engine_ = std::make_unique<Engine>(options);
+    engine_ = std::make_shared<Engine>(options);
   }
   ~PyEngine() {
     // A forked child has the memory but not the threads: leave everything where it is.
     if (getpid() != pid_) {
-      engine_.release();
+      new std::shared_ptr<Engine>(std::move(engine_));  // never ended
       return;
     }
     pybind11::gil_scoped_release unlocked;
@@ -38,11 +38,12 @@ class PyEngine {
                                           ": build a buffer in the child, or start it with the spawn method");
     return *engine_;
   }
+  std::weak_ptr<Engine> weak() const { return engine_; }
   bool in_child() const { return getpid() != pid_; }
 
  private:
   const int pid_;
-  std::unique_ptr<Engine> engine_;
+  std::shared_ptr<Engine> engine_;
 };
 
 struct PyEvent {
@@ -59,6 +60,16 @@ struct PyEvent {
 
 struct PyFlight {
   std::unique_ptr<DispatchFlight> flight;
+  std::weak_ptr<Engine> engine;
+  int pid = getpid();
+
+  PyFlight() = default;
+  PyFlight(PyFlight&&) = default;
+  // Dropped before it was moved (an exception, a signal): peers would wait for its rows in vain.
+  ~PyFlight() {
+    if (!flight || flight->moved || getpid() != pid) return;
+    if (const auto alive = engine.lock()) alive->abandon(*flight);
+  }
 };
 
 inline Events events_of(pybind11::handle events) {

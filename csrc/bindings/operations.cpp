@@ -55,6 +55,7 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
   {
     py::gil_scoped_release unlocked;
     flight.flight = engine.dispatch_begin(p, after, signal_raised);
+    flight.engine = self.weak();
   }
   return py::cast(std::move(flight)).release().ptr();
 }

@@ -70,7 +70,7 @@ void combine_weights(const CombineParams& p, const int64_t* targets, Weights&& w
 
 std::shared_ptr<Event> Engine::combine(const CombineParams& params, const Events& previous,
                                        const Interrupted& interrupted) {
-  require_usable();
+  require_sound();
   return run(params.background, previous, interrupted, [this, params](const Interrupted& interrupt) {
     Step step{{Op::combine, "copy", 0}, false, &interrupt};
     guarded(step, [&] { combine_now(params, step); });
@@ -102,13 +102,13 @@ BlockRef Engine::publish_rows(const CombineParams& p, BlockPtr* copy) {
 void Engine::free_released() {
   uint64_t released = UINT64_MAX;
   for (int r = 0; r < options_.num_ranks; ++r)
-    released = std::min(released, peers_.inbox(r).released.load(std::memory_order_acquire));
+    released = std::min(released, peers_->inbox(r).released.load(std::memory_order_acquire));
   while (!lent_.empty() && lent_.front().first <= released)
     lent_.pop_front();
 }
 
 void Engine::combine_now(const CombineParams& p, Step& step) {
-  require_usable();
+  require_sound();
   free_released();
   if (hook_) hook_("copy");
   BlockPtr copy, weights;
@@ -151,15 +151,15 @@ void Engine::combine_now(const CombineParams& p, Step& step) {
   enter(step, "pull");
   reduce(p, records);
   // A peer that gave up meanwhile may have let its user write to rows we were reading: then the sums are worth nothing.
-  peers_.raise_if_poisoned(step.where);
+  peers_->raise_if_poisoned(step.where);
 
   enter(step, "release");
-  peers_.signal_all(&Inbox::released, step.where.seq);
+  peers_->signal_all(&Inbox::released, step.where.seq);
   // In place, the rows are the user's, who may write to them when we return. And a segment that is new with this
   // operation can be mapped only while we live. In both cases stay until everybody is done.
   if (in_place || !mapped_by_all(rows) || !mapped_by_all(weight_rows)) {
     enter(step, "release wait");
-    peers_.wait(&Inbox::released, step.where.seq, step.where, *step.interrupted);
+    peers_->wait(&Inbox::released, step.where.seq, step.where, *step.interrupted);
     note_mapped(rows);
     note_mapped(weight_rows);
   }
@@ -171,9 +171,9 @@ void Engine::reduce(const CombineParams& p, const std::vector<Record>& records) 
   std::vector<const float*> weights(num_ranks, nullptr);
   std::vector<int64_t> limit(num_ranks, 0);
   for (int r = 0; r < num_ranks; ++r) {
-    if (records[r].blocks[kRows].bytes) rows[r] = peers_.address(r, records[r].blocks[kRows]);
+    if (records[r].blocks[kRows].bytes) rows[r] = peers_->address(r, records[r].blocks[kRows]);
     if (records[r].blocks[kWeightRows].bytes)
-      weights[r] = reinterpret_cast<const float*>(peers_.address(r, records[r].blocks[kWeightRows]));
+      weights[r] = reinterpret_cast<const float*>(peers_->address(r, records[r].blocks[kWeightRows]));
     limit[r] = static_cast<int64_t>(records[r].blocks[kRows].bytes) / p.row_bytes;
   }
   for (int64_t i = 0; i < p.num_tokens * p.num_slots; ++i) {

@@ -14,10 +14,11 @@ constexpr int64_t kTokensPerChunk = 32;
 void Engine::dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Events& previous,
                            const Interrupted& interrupted) {
   DispatchFlight* f = &flight;
+  flight.moved = true;
   flight.event = run(flight.params.background, previous, interrupted, [this, f, outputs](const Interrupted& interrupt) {
     Step step{{f->params.cached ? Op::cached_dispatch : Op::dispatch, "place", f->seq}, true, &interrupt};
     guarded(step, [&] {
-      require_usable();
+      require_sound();
       enter(step, "place");
       place(*f);
       enter(step, "arrive");
@@ -121,8 +122,8 @@ void Engine::place(DispatchFlight& flight) {
 
 void Engine::arrive(DispatchFlight& flight, Step& step) {
   // Every source signals every destination, zero rows included: the destination waits for all of them.
-  peers_.signal_all(&Inbox::arrived, flight.seq);
-  peers_.wait(&Inbox::arrived, flight.seq, step.where, *step.interrupted);
+  peers_->signal_all(&Inbox::arrived, flight.seq);
+  peers_->wait(&Inbox::arrived, flight.seq, step.where, *step.interrupted);
   note_mapped(flight.x_ref);
   note_mapped(flight.sf_ref);
   for (const BlockPtr* block : {&flight.scratch, &counts_[flight.seq % 2]})

@@ -56,25 +56,49 @@ const char* name_of(RowType type) {
 
 Engine::Engine(const EngineOptions& options)
     : options_(options),
-      peers_({options.epoch, options.rank, options.num_ranks, options.timeout_seconds, options.spin_microseconds,
-              options.share_mappings}),
+      peers_(std::make_unique<Peers>(PeersOptions{options.epoch, options.rank, options.num_ranks,
+                                                  options.timeout_seconds, options.spin_microseconds,
+                                                  options.share_mappings})),
       heap_(
           std::make_shared<Heap>(HeapOptions{options.epoch, options.rank, options.num_ranks, options.max_heap_bytes})),
       threads_(options.num_threads) {
   heap_->attach([](void* peers, const Segment& segment,
                    uint64_t prefault_bytes) { static_cast<Peers*>(peers)->announce(segment, prefault_bytes); },
-                &peers_);
+                peers_.get());
   const uint64_t first = std::max<uint64_t>(options.heap_bytes, kHugePage / 2);
   heap_->add_segment(first, first);
 }
 
 Engine::~Engine() {
-  close(0, nullptr);
-  worker_.stop();
+  close(0);
+}
+
+Engine::Inside::Inside(Engine& engine) : engine_(engine) {
+  std::lock_guard<std::mutex> lock(engine_.mutex_);
+  if (engine_.closed_) throw Error(ErrorKind::general, "this buffer was destroyed: build a new one");
+  engine_.inside_.push_back(std::this_thread::get_id());
+}
+
+Engine::Inside::~Inside() {
+  std::lock_guard<std::mutex> lock(engine_.mutex_);
+  auto& inside = engine_.inside_;
+  inside.erase(std::find(inside.begin(), inside.end(), std::this_thread::get_id()));
+  if (inside.empty()) engine_.nobody_inside_.notify_all();
+}
+
+SegmentAddress Engine::endpoint() {
+  Inside inside(*this);
+  return peers_->endpoint();
+}
+
+void Engine::connect(const std::vector<SegmentAddress>& addresses) {
+  Inside inside(*this);
+  peers_->connect(addresses);
 }
 
 void Engine::map_heaps() {
-  peers_.map_all();
+  Inside inside(*this);
+  peers_->map_all();
   mapped_.assign(heap_->num_segments(), true);
 }
 
@@ -89,9 +113,8 @@ void Engine::enter(Step& step, const char* phase) {
   if (hook_) hook_(phase);
 }
 
-void Engine::require_usable() const {
+void Engine::require_sound() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (closed_) throw Error(ErrorKind::general, "this buffer was destroyed: build a new one");
   if (poisoned_) throw *poisoned_;
 }
 
@@ -102,7 +125,7 @@ void Engine::give_up(const Error& error, Op op) {
     poisoned_ = error;
     if (error.kind == ErrorKind::interrupted) poisoned_->kind = ErrorKind::general;
   }
-  peers_.poison(error, op);
+  peers_->poison(error, op);
 }
 
 // Every error leaves with its operation, phase and number. After publishing, peers count on this operation: an error
@@ -141,9 +164,13 @@ void Engine::join_background(const Interrupted& interrupted) {
 
 std::shared_ptr<Event> Engine::run(bool background, const Events& previous, const Interrupted& interrupted,
                                    std::function<void(const Interrupted&)> body) {
-  auto all = [previous, body = std::move(body)](const Interrupted& interrupt) {
+  Inside inside(*this);
+  auto all = [this, previous, body = std::move(body)](const Interrupted& interrupt) {
+    auto give_in = [&] { return cancelled_.load() || (interrupt && interrupt()); };
     for (const auto& event : previous)
-      if (!event->wait(interrupt)) throw Error(ErrorKind::interrupted, "interrupted while waiting for previous_event");
+      if (!event->wait(give_in))
+        throw Error(cancelled_.load() ? ErrorKind::general : ErrorKind::interrupted,
+                    "gave up waiting for previous_event");
     body(interrupt);
   };
   if (background) return worker_.submit([all] { all(nullptr); });
@@ -153,18 +180,18 @@ std::shared_ptr<Event> Engine::run(bool background, const Events& previous, cons
 }
 
 Record& Engine::next_record(Step& step) {
-  require_usable();
+  require_sound();
   step.where.seq = ++seq_;
   // The rule of wire.hpp: slot seq % 2 is free once everyone published seq - 1. A rendezvous leaves that behind; an
   // operation that failed here did not wait for one.
   if (rendezvous_open_ && step.where.seq > 1) {
     step.published = true;  // peers saw the earlier record: not coming now would leave them waiting
     enter(step, "catch up");
-    peers_.wait(&Inbox::record, step.where.seq - 1, step.where, *step.interrupted);
+    peers_->wait(&Inbox::record, step.where.seq - 1, step.where, *step.interrupted);
     step.published = false;
   }
   rendezvous_open_ = true;
-  Record& record = peers_.own().records[step.where.seq % 2];
+  Record& record = peers_->own().records[step.where.seq % 2];
   std::memset(static_cast<void*>(&record), 0, offsetof(Record, text) + 1);
   record.seq = step.where.seq;
   record.op = step.where.op;
@@ -174,7 +201,7 @@ Record& Engine::next_record(Step& step) {
 void Engine::publish(Step& step) {
   step.published = true;
   ++counters_.operations;
-  peers_.signal_all(&Inbox::record, step.where.seq);
+  peers_->signal_all(&Inbox::record, step.where.seq);
 }
 
 void Engine::publish_failed(Step& step, Record& record, const std::string& text) {
@@ -186,10 +213,10 @@ void Engine::publish_failed(Step& step, Record& record, const std::string& text)
 }
 
 std::vector<Record> Engine::rendezvous(Step& step) {
-  peers_.wait(&Inbox::record, step.where.seq, step.where, *step.interrupted);
+  peers_->wait(&Inbox::record, step.where.seq, step.where, *step.interrupted);
   std::vector<Record> records(options_.num_ranks);
   for (int r = 0; r < options_.num_ranks; ++r) {
-    const Record& record = peers_.of(r).records[step.where.seq % 2];
+    const Record& record = peers_->of(r).records[step.where.seq % 2];
     std::memcpy(static_cast<void*>(&records[r]), &record,
                 record.status == Status::ok ? offsetof(Record, text) : sizeof(Record));
   }
@@ -260,18 +287,28 @@ void Engine::fail(Op op, const std::string& text, const Interrupted& interrupted
   });
 }
 
-BlockPtr Engine::allocate(uint64_t bytes) {
-  require_usable();
-  return heap_->allocate(bytes);
+BlockPtr Engine::allocate_result(uint64_t bytes) {
+  Inside inside(*this);
+  require_sound();
+  try {
+    if (!heap_->over_limit(bytes)) return heap_->allocate(bytes);
+  } catch (const Error&) {
+    // The system gives no more shared memory; ordinary memory may still be had.
+  }
+  ++counters_.moved_to_ordinary_memory;
+  return nullptr;
 }
 
-BlockPtr Engine::allocate_result(uint64_t bytes) {
-  require_usable();
-  if (heap_->over_limit(bytes)) {
-    ++counters_.moved_to_ordinary_memory;
-    return nullptr;
+void Engine::abandon(const DispatchFlight& flight) noexcept {
+  try {
+    Inside inside(*this);
+    Error error(ErrorKind::general, "a dispatch was begun and then given up (an exception between its halves)");
+    error.op = name_of(Op::dispatch);
+    error.seq = flight.seq;
+    give_up(error, Op::dispatch);
+  } catch (...) {
+    // Closed already: peers see that.
   }
-  return heap_->allocate(bytes);
 }
 
 int Engine::threads_for(int max_threads, bool background) const {
@@ -281,33 +318,56 @@ int Engine::threads_for(int max_threads, bool background) const {
   return background ? std::max(1, n - 1) : n;
 }
 
-void Engine::close(double grace_seconds, const Interrupted& interrupted) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (closed_) return;
-    closed_ = true;
+void Engine::close(double grace_seconds) {
+  const std::string why = "the buffer was destroyed while this operation was in flight";
+  auto cancel = [&] {
+    give_up(Error(ErrorKind::general, why), Op::barrier);
+    cancelled_ = true;
+    peers_->cancel(why);
+  };
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (closed_ && !teardown_deferred_) {  // by another thread, perhaps just now
+    nobody_inside_.wait(lock, [&] { return peers_ == nullptr; });
+    return;
   }
-  const double until = now_seconds() + grace_seconds;
-  auto expired = [&] { return now_seconds() >= until || (interrupted && interrupted()); };
+  closed_ = true;
+  teardown_deferred_ = std::count(inside_.begin(), inside_.end(), std::this_thread::get_id()) > 0;
+  if (teardown_deferred_) {
+    lock.unlock();
+    cancel();
+    return;
+  }
+  const auto grace = std::chrono::duration<double>(grace_seconds);
+  const auto until = std::chrono::steady_clock::now() + grace;
+  bool idle = nobody_inside_.wait_for(lock, grace, [&] { return inside_.empty(); });
+  lock.unlock();
   if (auto last = worker_.last()) {
-    bool done = false;
     try {
-      done = last->wait(expired);
+      idle = last->wait([&] { return std::chrono::steady_clock::now() >= until; }) && idle;
     } catch (...) {
-      done = true;
-    }
-    if (!done) {
-      const std::string why = "the buffer was destroyed while this operation was in flight";
-      give_up(Error(ErrorKind::general, why), Op::barrier);
-      peers_.cancel(why);
+      // Complete, with an error that is its own event's to report.
     }
   }
-  peers_.close();
+  if (!idle) cancel();
+  worker_.stop();
+  lock.lock();
+  nobody_inside_.wait(lock, [&] { return inside_.empty(); });
+  at_close_ = read_statistics();
+  peers_->close();
   heap_->detach();
   lent_.clear();
+  for (BlockPtr& block : counts_) block.reset();
+  heap_.reset();
+  peers_.reset();
+  nobody_inside_.notify_all();
 }
 
 EngineStatistics Engine::statistics() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return peers_ ? read_statistics() : at_close_;
+}
+
+EngineStatistics Engine::read_statistics() const {
   EngineStatistics out;
   out.operations = counters_.operations;
   out.rendezvous_with_counts = counters_.rendezvous_with_counts;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -46,8 +47,8 @@ class Engine {
   ~Engine();
 
   int num_ranks() const { return options_.num_ranks; }
-  SegmentAddress endpoint() const { return peers_.endpoint(); }
-  void connect(const std::vector<SegmentAddress>& addresses) { peers_.connect(addresses); }
+  SegmentAddress endpoint();
+  void connect(const std::vector<SegmentAddress>& addresses);
   // After every rank connected: map what peers have announced. A rank leaves construction only after all have done so.
   void map_heaps();
 
@@ -61,18 +62,33 @@ class Engine {
   // Takes this rank's place in the order with a failed record; peers raise `text`.
   void fail(Op op, const std::string& text, const Interrupted& interrupted);
 
-  BlockPtr allocate(uint64_t bytes);
-  // Null where the user already holds as much as the heap may give.
+  // A dispatch that was begun will not be moved: peers must not wait for its rows.
+  void abandon(const DispatchFlight& flight) noexcept;
+
+  // Null where the user already holds as much as the heap may give, or the system has no more to give.
   BlockPtr allocate_result(uint64_t bytes);
 
-  // Idempotent. Background work gets `grace_seconds` to end, then is cancelled.
-  void close(double grace_seconds, const Interrupted& interrupted);
+  // Idempotent; from any thread. Operations under way get `grace_seconds` to end, then are cancelled. Returns when no
+  // thread is inside any more and mappings, descriptors and the worker are gone; blocks in tensors live on. Called from
+  // inside (by a signal handler), it cancels at once and leaves the rest to the destructor.
+  void close(double grace_seconds);
   EngineStatistics statistics() const;
 
   // Tests: called in each phase, in the thread that runs it.
   void set_phase_hook(std::function<void(const char*)> hook) { hook_ = std::move(hook); }
 
  private:
+  // A thread inside the engine; `close` waits for all of them. Throws when the buffer is closed.
+  class Inside {
+   public:
+    explicit Inside(Engine& engine);
+    ~Inside();
+    Inside(const Inside&) = delete;
+    Inside& operator=(const Inside&) = delete;
+
+   private:
+    Engine& engine_;
+  };
   // The operation under way in one thread: where it is, for errors, and whether peers count on it.
   struct Step {
     Where where;
@@ -82,7 +98,8 @@ class Engine {
   void enter(Step& step, const char* phase);
   void guarded(Step& step, const std::function<void()>& body);
   void give_up(const Error& error, Op op);
-  void require_usable() const;
+  void require_sound() const;
+  EngineStatistics read_statistics() const;
   void join_background(const Interrupted& interrupted);
   // Runs `body(interrupted)` now, or behind earlier background work in the background.
   std::shared_ptr<Event> run(bool background, const Events& previous, const Interrupted& interrupted,
@@ -119,7 +136,7 @@ class Engine {
   int threads_for(int max_threads, bool background) const;
 
   const EngineOptions options_;
-  Peers peers_;
+  std::unique_ptr<Peers> peers_;  // null once closed, like the heap
   std::shared_ptr<Heap> heap_;
   CopyThreads threads_;
   std::function<void(const char*)> hook_;
@@ -129,13 +146,18 @@ class Engine {
   std::vector<bool> mapped_;                        // by segment
   int64_t expected_rows_ = 0;                       // of the next dispatch: what offers are made for
   std::deque<std::pair<uint64_t, BlockPtr>> lent_;  // copied combine inputs, until every reader released them
-  mutable std::mutex mutex_;                        // poisoned_, closed_
+  mutable std::mutex mutex_;                        // poisoned_, closed_, inside_
+  std::condition_variable nobody_inside_;
+  std::vector<std::thread::id> inside_;  // threads, once for each call
+  bool teardown_deferred_ = false;       // closed by a thread that was inside (a signal handler)
   std::optional<Error> poisoned_;
   bool closed_ = false;
   struct {
     std::atomic<uint64_t> operations{0}, rendezvous_with_counts{0}, second_records{0}, moved_to_ordinary_memory{0},
         copied_combine_inputs{0};
   } counters_;
+  std::atomic<bool> cancelled_{false};
+  EngineStatistics at_close_;
   Worker worker_;  // last: its thread ends before anything it uses
 };
 

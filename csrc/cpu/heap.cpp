@@ -156,7 +156,16 @@ void Heap::add_segment_locked(uint64_t bytes, uint64_t prefault_bytes) {
   header.id = segments_.size();
   header.bytes = round_up(bytes + kDataOffset, kHugePage);
   prefault_bytes = prefault_bytes ? std::min(round_up(prefault_bytes + kDataOffset, kHugePage), header.bytes) : 0;
-  auto segment = Segment::create(header, prefault_bytes);
+  std::shared_ptr<Segment> segment;
+  try {
+    segment = Segment::create(header, prefault_bytes);
+  } catch (Error& error) {
+    error.message += ". The heap has " + std::to_string(total_bytes() >> 20) + " MiB, of which " +
+                     std::to_string(held_bytes() >> 20) +
+                     " MiB are held. Remedy: free received tensors, use fewer tokens per call, or raise the limit of the "
+                     "machine, the container or the process (ulimit -f, -v).";
+    throw;
+  }
   segments_.push_back(segment);
   publish_(publish_context_, *segment, prefault_bytes);
   total_bytes_.fetch_add(header.bytes, std::memory_order_relaxed);

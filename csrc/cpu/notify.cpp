@@ -100,7 +100,7 @@ void Engine::make_offers(DispatchFlight& flight, Record& record, const Counts& c
 void Engine::notify(DispatchFlight& flight, Step& step) {
   DispatchParams& p = flight.params;
   const int num_ranks = options_.num_ranks;
-  require_usable();
+  require_sound();
   free_released();
   if (hook_) hook_("layout");
   Counts counts;
@@ -159,7 +159,7 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
     const bool expand = p.layout == Layout::expand;
     std::fill(p.expert_counts, p.expert_counts + p.num_local, 0);
     for (int r = 0; r < num_ranks; ++r) {
-      const auto* theirs = reinterpret_cast<const int32_t*>(peers_.address(r, records[r].counts));
+      const auto* theirs = reinterpret_cast<const int32_t*>(peers_->address(r, records[r].counts));
       flight.matrix.rank.insert(flight.matrix.rank.end(), theirs, theirs + num_ranks);
       if (expand)
         flight.matrix.expert.insert(flight.matrix.expert.end(), theirs + num_ranks, theirs + num_ranks + num_experts);
@@ -208,10 +208,10 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
   flight.destinations.resize(num_ranks);
   for (int r = 0; r < num_ranks; ++r) {
     Destination& d = flight.destinations[r];
-    d.x = peers_.address(r, records[r].blocks[kX]);
+    d.x = peers_->address(r, records[r].blocks[kX]);
     d.row_limit = p.row_bytes ? static_cast<int64_t>(records[r].blocks[kX].bytes) / p.row_bytes : 0;
-    if (p.sf_bytes) d.sf = peers_.address(r, records[r].blocks[kScaleFactors]);
-    if (records[r].blocks[kScratch].bytes) d.scratch = peers_.address(r, records[r].blocks[kScratch]);
+    if (p.sf_bytes) d.sf = peers_->address(r, records[r].blocks[kScaleFactors]);
+    if (records[r].blocks[kScratch].bytes) d.scratch = peers_->address(r, records[r].blocks[kScratch]);
     if (p.cached) continue;
     d.layout =
         scratch_layout(p.layout, flight.matrix.tokens_to(r), p.layout == Layout::expand ? flight.expanded.rows[r] : 0,
@@ -245,7 +245,7 @@ void Engine::second_records(DispatchFlight& flight, Step& step, std::vector<Reco
   ++counters_.second_records;
   if (wanted(options_.rank, bytes)) {
     enter(step, "grow");
-    SecondRecord& second = peers_.own().seconds[seq % 2];
+    SecondRecord& second = peers_->own().seconds[seq % 2];
     second.seq = seq;
     second.status = Status::ok;
     BlockPtr* blocks[kMaxBlocks] = {&flight.x, &flight.sf, &flight.scratch};
@@ -262,12 +262,12 @@ void Engine::second_records(DispatchFlight& flight, Step& step, std::vector<Reco
         break;
       }
     }
-    peers_.signal_all(&Inbox::second, seq);
+    peers_->signal_all(&Inbox::second, seq);
   }
   enter(step, "grow wait");
-  peers_.wait(&Inbox::second, seq, step.where, *step.interrupted, &owners);
+  peers_->wait(&Inbox::second, seq, step.where, *step.interrupted, &owners);
   for (int r : owners) {
-    const SecondRecord second = peers_.of(r).seconds[seq % 2];
+    const SecondRecord second = peers_->of(r).seconds[seq % 2];
     if (second.status != Status::ok) {
       Error error(ErrorKind::general,
                   "the heap of rank " + std::to_string(r) + " cannot grow by " +

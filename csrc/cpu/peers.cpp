@@ -117,9 +117,19 @@ char* Peers::address(int r, const BlockRef& ref) {
     header.kind = SegmentKind::data;
     header.id = ref.segment;
     header.bytes = entry.bytes;
-    segment = attach({pids_[r], entry.fd, entry.bytes}, header, entry.prefault_bytes);
+    try {
+      segment = attach({pids_[r], entry.fd, entry.bytes}, header, entry.prefault_bytes);
+    } catch (const Error& refused) {
+      const std::string how = how_gone(r);
+      if (how.empty()) throw;
+      Error error(ErrorKind::peer, "rank " + std::to_string(r) + " (process " + std::to_string(pids_[r]) + ") " + how +
+                                       " before its memory could be mapped: " + refused.message);
+      error.ranks = {r};
+      error.how = how;
+      throw error;
+    }
   }
-  if (ref.offset + ref.bytes > segment->bytes())
+  if (ref.bytes > segment->bytes() || ref.offset > segment->bytes() - ref.bytes)
     throw Error(ErrorKind::general, "rank " + std::to_string(r) + " names a block that lies outside its segment");
   return segment->base() + ref.offset;
 }
@@ -207,21 +217,25 @@ void Peers::wait(std::atomic<uint64_t> Inbox::* word, uint64_t seq, const Where&
   }
 }
 
+std::string Peers::how_gone(int r) {
+  pollfd poller{pidfds_[r], POLLIN, 0};
+  if (pidfds_[r] >= 0 && poll(&poller, 1, 0) == 1) return "died";
+  if (of(r).closed.load(std::memory_order_acquire)) return "destroyed its buffer (or ended the thread that used it)";
+  return {};
+}
+
 void Peers::check_peers(const std::vector<int>& missing, std::atomic<uint64_t> Inbox::* word, uint64_t seq,
                         const Where& where) {
   if (cancelled_.load(std::memory_order_acquire)) throw Error(ErrorKind::general, cancel_reason_);
   raise_if_poisoned(where);
   std::vector<int> gone;
-  const char* how = "died";
+  std::string how;
   for (int r : missing) {
     if (r == rank()) continue;
-    pollfd poller{pidfds_[r], POLLIN, 0};
-    const bool dead = pidfds_[r] >= 0 && poll(&poller, 1, 0) == 1;
-    const bool closed = of(r).closed.load(std::memory_order_acquire) != 0;
-    if (!dead && !closed) continue;
+    const std::string how_this = how_gone(r);
     // It may have signalled just before it went; then it is not missed.
-    if ((inbox(r).*word).load(std::memory_order_acquire) >= seq) continue;
-    if (closed && !dead) how = "destroyed its buffer (or ended the thread that used it)";
+    if (how_this.empty() || (inbox(r).*word).load(std::memory_order_acquire) >= seq) continue;
+    how = how_this;
     gone.push_back(r);
   }
   if (gone.empty()) return;

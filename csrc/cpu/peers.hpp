@@ -92,6 +92,7 @@ class Peers {
                                         uint64_t prefault_bytes) const;
   void check_peers(const std::vector<int>& missing, std::atomic<uint64_t> Inbox::* word, uint64_t seq,
                    const Where& where);
+  std::string how_gone(int rank);  // empty: it is there
   void ring(Control& control);
   [[noreturn]] void raise_poison(int culprit, const Where& where);
 

@@ -251,6 +251,11 @@ class CollectiveBackend:
             self._poison_by(e)
             raise
 
+    def abort(self, flight: Flight) -> None:
+        """See :class:`.base.Backend`."""
+        if self._poison is None and not self._closed:
+            self._poison_by(EPError("a dispatch was begun and then given up"))
+
     def _poison_by(self, e: BaseException) -> None:
         op, phase, seq = self._at
         if isinstance(e, (EPTimeoutError, EPPeerError)):

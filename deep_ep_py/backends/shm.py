@@ -187,7 +187,11 @@ class ShmBackend:
                 expert_alignment=spec.expert_alignment,
                 num_max_tokens_per_rank=flight.num_max_tokens_per_rank,
             )
-        result = self._outputs(spec, flight, plan, rows, num_topk)
+        try:
+            result = self._outputs(spec, flight, plan, rows, num_topk)
+        except BaseException:
+            self._engine.abandon(flight=flight)
+            raise
         return Flight(result, state=(flight, spec, background))
 
     def _outputs(
@@ -294,6 +298,9 @@ class ShmBackend:
         # Publishing, pulling and releasing are one piece in the core, run by `combine_send`.
         result: Combined = flight.result
         return result
+
+    def abort(self, flight: Flight) -> None:
+        self._engine.abandon(flight=flight.state[0])
 
     def barrier(self) -> None:
         self._engine.barrier()
