@@ -26,7 +26,8 @@ def matrix(name: str, value: Any, rows: int | None = None, columns: int | None =
     if (rows is not None and have_rows != rows) or (columns is not None and have_columns != columns):
         wanted = [rows if rows is not None else "any", columns if columns is not None else "any"]
         raise EPArgumentError.of(name, f"shape {wanted}", describe(value))
-    return value if value.stride(1) == 1 or value.is_contiguous() else value.contiguous()
+    # Not .contiguous(): an empty or a one-column tensor counts as contiguous whatever its strides are.
+    return value if value.stride(1) == 1 else value.clone(memory_format=torch.contiguous_format)
 
 
 def tensor(name: str, value: Any, dtype: torch.dtype, shape: tuple[int | None, ...]) -> torch.Tensor:

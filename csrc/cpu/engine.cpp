@@ -214,6 +214,7 @@ void Engine::publish_failed(Step& step, Record& record, const std::string& text)
 
 std::vector<Record> Engine::rendezvous(Step& step) {
   peers_->wait(&Inbox::record, step.where.seq, step.where, *step.interrupted);
+  peers_->raise_if_poisoned(step.where);  // a rank that came and then gave up will not do its part
   std::vector<Record> records(options_.num_ranks);
   for (int r = 0; r < options_.num_ranks; ++r) {
     const Record& record = peers_->of(r).records[step.where.seq % 2];
