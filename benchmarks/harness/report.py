@@ -7,7 +7,7 @@ from typing import Any
 
 _COLUMNS = (
     "operation", "median ms", "p95 ms", "SU GB/s", "floor ms", "% of floor (min–max)", "% of copy floor",
-    "gloo ms", "gloo / ours", "MPI ms", "MPI / ours",
+    "gloo ms", "gloo / ours", "tuned gloo / ours", "MPI ms", "MPI / ours",
 )  # fmt: skip
 
 
@@ -75,14 +75,16 @@ def _cells(row: dict[str, Any], mpi_missing: str) -> list[str]:
         f"{percent['median']:.0f} ({percent['min']:.0f}–{percent['max']:.0f})",
         f"{row['percent_of_copy_floor']['median']:.0f}",
     ]
-    for name in ("gloo", "mpi"):
-        if name in row:
-            ratio = row[name]["ratio"]
-            spread = f"{ratio['median']:.1f} ({ratio['min']:.1f}–{ratio['max']:.1f})"
-            cells += [_ms(row[name]["median_ms"]), spread]
-        else:
-            cells += [(mpi_missing if name == "mpi" else "") or "–", "–"]
+    for name in ("gloo", "tuned_gloo", "mpi"):
+        shown = [_ms(row[name]["median_ms"]), _ratio(row[name]["ratio"])] if name in row else ["–", "–"]
+        if name == "mpi" and mpi_missing:
+            shown[0] = mpi_missing
+        cells += shown[1:] if name == "tuned_gloo" else shown
     return cells
+
+
+def _ratio(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.1f} ({spread['min']:.1f}–{spread['max']:.1f})"
 
 
 def _ms(value: float) -> str:

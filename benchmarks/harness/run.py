@@ -12,7 +12,7 @@ from typing import Any
 from deep_ep_py import Buffer
 
 from .ceilings import KINDS, Ceilings
-from .gloo import GlooPeer
+from .gloo import GlooPeer, TunedGlooPeer
 from .mpi import MpiPeer
 from .ours import make_elastic, make_modes
 from .routing import Problem, Shape
@@ -85,11 +85,11 @@ def run_shape(world: World, shape: Shape, options: Options, mpi: Mpi) -> dict[st
     v1 = Buffer(world.group, backend=options.backend) if "v1" in options.only else None
     before, world.barrier = world.barrier, elastic.barrier
     modes = make_modes(options.only, problem, elastic, v1)
-    gloo = {}
+    gloo: dict[str, GlooPeer] = {}
     if "gloo" in options.only and {"v2", "v1"} & set(options.only):
-        gloo["gloo"] = GlooPeer(problem)
+        gloo |= {"gloo": GlooPeer(problem), "tuned gloo": TunedGlooPeer(problem)}
     if "gloo" in options.only and "fp8" in options.only:
-        gloo["gloo fp8"] = GlooPeer(problem, fp8=True)
+        gloo |= {"gloo fp8": GlooPeer(problem, fp8=True), "tuned gloo fp8": TunedGlooPeer(problem, fp8=True)}
     try:
         world.progress(f"T={shape.num_tokens}: checking")
         _refuse(world, [mode.check() for mode in modes] + [peer.check() for peer in gloo.values()])
@@ -114,7 +114,7 @@ def run_shape(world: World, shape: Shape, options: Options, mpi: Mpi) -> dict[st
             for mode in modes:
                 recorder.add(mode.name, mode.round(world, iterations))
             for name, peer in gloo.items():
-                recorder.add(name, _gloo_round(world, peer, slow_iterations, combine=name == "gloo"))
+                recorder.add(name, _gloo_round(world, peer, slow_iterations, combine="fp8" not in name))
             for operation in ("dispatch", "combine", "fp8 dispatch"):
                 times = mpi.attempt(partial(MpiPeer.run, name=operation, iterations=iterations))
                 if times:
@@ -212,6 +212,7 @@ def _row(
     kind = operation.split(",", maxsplit=1)[0]
     sources = {
         "gloo": seconds.get(("gloo fp8" if mode.fp8 else "gloo", kind)),
+        "tuned_gloo": seconds.get(("tuned gloo fp8" if mode.fp8 else "tuned gloo", kind)),
         "mpi": mpi.get(("mpi", "fp8 dispatch" if mode.fp8 else kind)),
     }
     for name, theirs in sources.items():
