@@ -50,12 +50,14 @@ def test_round_trip(case, backend):
     run_threads(case.num_ranks, v1.check_round_trip, case, backend)
 
 
+# On one backend: most of the time is the oracle's, and size changes nothing in `collective`.
+@pytest.mark.parametrize("backend", ["shm"])
 def test_large_round_trip(backend):
     run_threads(LARGE.num_ranks, v1.check_round_trip, LARGE, backend, (0,), timeout_seconds=100)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_round_trips_in_processes(num_ranks, backend):
     cases = tuple(c for c in (*CASES[:1], *IN_PROCESSES) if c.num_ranks == num_ranks)
     assert run_processes(num_ranks, v1.check_batch, cases, backend) == [len(cases)] * num_ranks
