@@ -112,7 +112,7 @@ def combine(backend, spec, background=False, previous=()):
 
 def v2_spec(routing, rank, *, expand, worst=False, **more):
     topk, weights, x, sf = routing.inputs()
-    rows = 0
+    rows = None
     if worst:
         rows = routing.num_ranks * M
         if expand:
