@@ -274,6 +274,10 @@ def split_arguments(text: str) -> list[str]:
 
 
 def real_signature(function: object, name: str, method: bool) -> Signature:
+    text = getattr(function, "__text_signature__", None)  # methods of the C API: ($self, *, ...)
+    if text is not None:
+        names = split_arguments(text)
+        return tuple(names[1:] if method else names)
     documentation = (getattr(function, "__doc__", None) or "").lstrip()
     assert documentation.startswith(f"{name}("), f"{name}: its docstring does not begin with a signature"
     arguments = split_arguments(documentation[len(name) :])

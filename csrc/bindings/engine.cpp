@@ -128,11 +128,12 @@ void bind_engine(py::module_& m) {
             engine_ref.close(grace_seconds);
           },
           py::kw_only(), py::arg("grace_seconds"))
-      .def("abandon",
-           [](PyEngine& self, PyFlight& flight) {
-             if (!flight.flight->moved) self.get().abandon(*flight.flight);
-           },
-           py::kw_only(), py::arg("flight"))
+      .def(
+          "abandon",
+          [](PyEngine& self, PyFlight& flight) {
+            if (!flight.flight->moved) self.get().abandon(*flight.flight);
+          },
+          py::kw_only(), py::arg("flight"))
       .def("statistics", &statistics)
       .def(
           "set_phase_hook",

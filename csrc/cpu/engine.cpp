@@ -56,9 +56,9 @@ const char* name_of(RowType type) {
 
 Engine::Engine(const EngineOptions& options)
     : options_(options),
-      peers_(std::make_unique<Peers>(PeersOptions{options.epoch, options.rank, options.num_ranks,
-                                                  options.timeout_seconds, options.spin_microseconds,
-                                                  options.share_mappings})),
+      peers_(
+          std::make_unique<Peers>(PeersOptions{options.epoch, options.rank, options.num_ranks, options.timeout_seconds,
+                                               options.spin_microseconds, options.share_mappings})),
       heap_(
           std::make_shared<Heap>(HeapOptions{options.epoch, options.rank, options.num_ranks, options.max_heap_bytes})),
       threads_(options.num_threads) {
@@ -357,7 +357,8 @@ void Engine::close(double grace_seconds) {
   peers_->close();
   heap_->detach();
   lent_.clear();
-  for (BlockPtr& block : counts_) block.reset();
+  for (BlockPtr& block : counts_)
+    block.reset();
   heap_.reset();
   peers_.reset();
   nobody_inside_.notify_all();

@@ -160,10 +160,11 @@ void Heap::add_segment_locked(uint64_t bytes, uint64_t prefault_bytes) {
   try {
     segment = Segment::create(header, prefault_bytes);
   } catch (Error& error) {
-    error.message += ". The heap has " + std::to_string(total_bytes() >> 20) + " MiB, of which " +
-                     std::to_string(held_bytes() >> 20) +
-                     " MiB are held. Remedy: free received tensors, use fewer tokens per call, or raise the limit of the "
-                     "machine, the container or the process (ulimit -f, -v).";
+    error.message +=
+        ". The heap has " + std::to_string(total_bytes() >> 20) + " MiB, of which " +
+        std::to_string(held_bytes() >> 20) +
+        " MiB are held. Remedy: free received tensors, use fewer tokens per call, or raise the limit of the "
+        "machine, the container or the process (ulimit -f, -v).";
     throw;
   }
   segments_.push_back(segment);

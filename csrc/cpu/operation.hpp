@@ -90,7 +90,7 @@ struct DispatchFlight {
   int64_t num_rows = 0;
   int64_t num_output_rows = 0;
   int64_t num_max_tokens_per_rank = 0;
-  bool moved = false;   // dispatch_move took it over
+  bool moved = false;       // dispatch_move took it over
   bool staged = false;      // users hold too much already: the result moves to ordinary memory
   BlockPtr x, sf, scratch;  // x and sf: until tensors take them over
   BlockRef x_ref, sf_ref;

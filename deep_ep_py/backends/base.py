@@ -89,7 +89,7 @@ class Backend(Protocol):
     def combine_recv(self, flight: Flight) -> Combined: ...
 
     def abort(self, flight: Flight) -> None:
-        """A dispatch that was prepared will not be sent: the buffer is poisoned, so that peers do not wait for its rows."""
+        """A prepared dispatch will not be sent: the buffer is poisoned, so that peers do not wait for its rows."""
 
     def barrier(self) -> None:
         """Return when every rank has called it; earlier operations are then complete here."""

@@ -251,7 +251,7 @@ class CollectiveBackend:
             self._poison_by(e)
             raise
 
-    def abort(self, flight: Flight) -> None:
+    def abort(self, flight: Flight) -> None:  # noqa: ARG002
         """See :class:`.base.Backend`."""
         if self._poison is None and not self._closed:
             self._poison_by(EPError("a dispatch was begun and then given up"))
