@@ -1,4 +1,4 @@
-"""The core's stress test under the sanitizers: stray accesses, undefined behaviour, races between ranks."""
+"""The core under the sanitizers: its kernels (stray accesses), its stress test (races between ranks)."""
 
 from __future__ import annotations
 
@@ -41,5 +41,9 @@ def run(command: list[str], seconds: float) -> None:
 def test_stress(options, operations, tmp_path):
     configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DDEEP_EP_PYTHON=OFF", *options]
     run([*configure, "-DDEEP_EP_TESTS=ON"], 120)
-    run(["cmake", "--build", str(tmp_path), "--target", "test_stress"], 400)
+    kernels = "thread" not in str(options)  # they share nothing between threads
+    targets = ["test_stress", *(["test_kernels"] if kernels else [])]
+    run(["cmake", "--build", str(tmp_path), "--target", *targets], 400)
     run([str(tmp_path / "test_stress"), str(operations)], 120)
+    if kernels:
+        run([str(tmp_path / "test_kernels")], 200)

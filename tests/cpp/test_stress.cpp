@@ -31,14 +31,14 @@ void combine(Engine& engine, Exchange& exchange, uint64_t salt, Dice& dice) {
   float* y = nullptr;
   const int64_t where = dice.below(3);
   const bool background = dice.one_in(4);
-  if (where == 0) {  // beside the heap: copied
+  if (where == 1) block = engine.allocate_result(std::max<size_t>(count * 4, 1));
+  if (where == 2) {  // what dispatch delivered: in place
+    y = exchange.rows();
+  } else if (block) {  // the caller's own block: in place
+    y = reinterpret_cast<float*>(block->data);
+  } else {  // beside the heap, or the heap gave no more: copied
     ordinary.resize(count + 1);
     y = ordinary.data();
-  } else if (where == 1) {  // the caller's own block: in place
-    block = engine.allocate(std::max<size_t>(count * 4, 1));
-    y = reinterpret_cast<float*>(block->data);
-  } else {  // what dispatch delivered: in place
-    y = exchange.rows();
   }
   auto params = exchange.combine(y, salt, &out, &weights, &out_weights);
   params.background = background;
@@ -109,7 +109,7 @@ void rank_body(int rank, Engine& engine, const WorldOptions& options, int64_t op
   engine.barrier(nullptr);
   for (Kept& k : kept)
     k.exchange->check("kept to the end");
-  engine.close(1, nullptr);
+  engine.close(1);
   for (Kept& k : kept)
     k.exchange->check("kept after the engine was closed");
   const auto statistics = engine.statistics();

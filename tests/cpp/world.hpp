@@ -109,7 +109,7 @@ inline bool run_world(const WorldOptions& options, const std::function<void(int,
         EXPECT(false, "rank %d: %s", r, error.what());
       }
       // Peers may still read what this rank lent: it leaves when all are done.
-      engine.close(1, nullptr);
+      engine.close(1);
     });
   for (auto& thread : threads)
     thread.join();
