@@ -52,7 +52,10 @@ def get_logical_domain_size(group: Any, allow_hybrid_mode: bool = True) -> tuple
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("deep_ep_py")
+        try:
+            return version("deep_ep_py")
+        except PackageNotFoundError:  # run from the source tree
+            return "0+source"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

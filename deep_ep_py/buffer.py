@@ -11,7 +11,7 @@ from . import validate
 from .communicator import communicator_of
 from .config import Config
 from .engine import BackendInfo, Engine
-from .errors import EPArgumentError, EPError
+from .errors import EPArgumentError
 from .event import EventHandle, EventOverlap, completions
 from .handle import pack_v1, unpack_v1
 from .layout import dispatch_layout
@@ -65,24 +65,23 @@ class Buffer:
         self.group = group
         self.rank = communicator.rank
         self.group_size = communicator.size
-        self.num_nvl_bytes = num_nvl_bytes
-        self.num_rdma_bytes = num_rdma_bytes
+        self.num_nvl_bytes = self.num_rdma_bytes = 0
         self.low_latency_mode = bool(low_latency_mode)
         self.explicitly_destroy = bool(explicitly_destroy)
         refused: Exception | None = None
         chosen = settings or Settings()
         try:
             chosen = Settings.of(settings, backend=backend)
-            validate.whole("num_nvl_bytes", num_nvl_bytes, 0)
-            validate.whole("num_rdma_bytes", num_rdma_bytes, 0)
-        except EPError as e:
+            self.num_nvl_bytes = validate.whole("num_nvl_bytes", num_nvl_bytes, 0, high=2**62)
+            self.num_rdma_bytes = validate.whole("num_rdma_bytes", num_rdma_bytes, 0, high=2**62)
+        except Exception as e:  # whatever it is: the peers must hear of it
             refused = e
         self._engine = Engine(
             communicator,
             chosen,
             face="Buffer",
-            agree={"num_nvl_bytes": num_nvl_bytes, "low_latency_mode": self.low_latency_mode},
-            heap_bytes=num_nvl_bytes if refused is None else 0,
+            agree={"num_nvl_bytes": self.num_nvl_bytes, "low_latency_mode": self.low_latency_mode},
+            heap_bytes=self.num_nvl_bytes,
             timeout_seconds=chosen.timeout_seconds,
             refused=refused,
         )
@@ -242,7 +241,8 @@ class Buffer:
                 x, handle, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights,
                 expert_alignment, num_worst_tokens, config,
             )  # fmt: skip
-        got, event = self._engine.dispatch(spec, background=bool(async_finish), previous=(previous_event,))
+            previous = completions(previous_event)
+        got, event = self._engine.dispatch(spec, background=bool(async_finish), previous=previous)
         recv_x = got.recv_x if got.recv_sf is None else (got.recv_x, got.recv_sf)
         if handle is not None:
             return recv_x, None, None, None, None, event
@@ -292,7 +292,8 @@ class Buffer:
                 bias=validate.biases(bias, y, plan.targets.shape[0]),
                 max_threads=self._num_sms(config),
             )
-        got, event = self._engine.combine(spec, background=bool(async_finish), previous=(previous_event,))
+            previous = completions(previous_event)
+        got, event = self._engine.combine(spec, background=bool(async_finish), previous=previous)
         return got.combined_x, got.combined_topk_weights, event
 
     def _dispatch_spec(

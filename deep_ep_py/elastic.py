@@ -10,8 +10,8 @@ import torch
 from . import validate
 from .communicator import communicator_of
 from .engine import BackendInfo, Engine
-from .errors import EPArgumentError, EPError
-from .event import EventHandle, EventOverlap
+from .errors import EPArgumentError
+from .event import EventHandle, EventOverlap, completions
 from .handle import EPHandle
 from .requests import Requests, Tokens
 from .settings import Settings
@@ -69,27 +69,34 @@ class ElasticBuffer:
         communicator = communicator_of(group)
         refused: Exception | None = None
         chosen = settings or Settings()
+        sizes = {"num_max_tokens_per_rank": 0, "hidden": 0, "num_topk": 0}
         heap_bytes, timeout = 0, float(chosen.timeout_seconds)
         try:
             chosen = Settings.of(settings, backend=backend)
-            sizes = {"num_max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden, "num_topk": num_topk}
-            for name, value in sizes.items():
-                validate.whole(name, value, 0)
-            heap_bytes = validate.whole("num_bytes", num_bytes, 0) if num_bytes is not None else elastic_heap_bytes(
-                communicator.size, num_max_tokens_per_rank, hidden, num_topk, bool(use_fp8_dispatch)
-            )  # fmt: skip
-            if not num_cpu_timeout_secs > 0:
-                raise EPArgumentError.of("num_cpu_timeout_secs", "a positive number of seconds", num_cpu_timeout_secs)
+            given = {"num_max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden, "num_topk": num_topk}
+            sizes = {name: validate.whole(name, value, 0) for name, value in given.items()}
+            if num_bytes is not None:
+                heap_bytes = validate.whole("num_bytes", num_bytes, 0, high=2**62)
+            else:
+                heap_bytes = elastic_heap_bytes(
+                    communicator.size,
+                    sizes["num_max_tokens_per_rank"],
+                    sizes["hidden"],
+                    sizes["num_topk"],
+                    bool(use_fp8_dispatch),
+                )
             # The argument's default does not override what the environment or the caller's settings say.
             timeout = chosen.timeout_seconds if num_cpu_timeout_secs == 300 else float(num_cpu_timeout_secs)
-        except EPError as e:
+            if not timeout > 0:
+                raise EPArgumentError.of("num_cpu_timeout_secs", "a positive number of seconds", num_cpu_timeout_secs)
+        except Exception as e:  # whatever it is: the peers must hear of it
             refused = e
         self.group = group
         self.rank_idx = self.scaleup_rank_idx = communicator.rank
         self.num_ranks = self.num_scaleup_ranks = self.num_nvlink_ranks = communicator.size
         self.scaleout_rank_idx, self.num_scaleout_ranks, self.num_rdma_ranks = 0, 1, 1
         self.num_bytes = heap_bytes
-        self.num_max_tokens_per_rank = num_max_tokens_per_rank
+        self.num_max_tokens_per_rank = sizes["num_max_tokens_per_rank"]
         self.num_allocated_qps = num_allocated_qps
         self.deterministic = bool(deterministic)
         self.allow_hybrid_mode = bool(allow_hybrid_mode)
@@ -100,10 +107,8 @@ class ElasticBuffer:
             chosen,
             face="ElasticBuffer",
             agree={
-                "num_bytes": num_bytes,
-                "num_max_tokens_per_rank": num_max_tokens_per_rank,
-                "hidden": hidden,
-                "num_topk": num_topk,
+                **sizes,
+                "num_bytes": heap_bytes,
                 "use_fp8_dispatch": bool(use_fp8_dispatch),
                 "allow_hybrid_mode": self.allow_hybrid_mode,
                 "allow_multiple_reduction": self.allow_multiple_reduction,
@@ -112,7 +117,7 @@ class ElasticBuffer:
             timeout_seconds=timeout,
             refused=refused,
         )
-        self._requests = Requests(communicator.rank, communicator.size, num_max_tokens_per_rank)
+        self._requests = Requests(communicator.rank, communicator.size, self.num_max_tokens_per_rank)
 
     @staticmethod
     def get_buffer_size_hint(
@@ -249,10 +254,11 @@ class ElasticBuffer:
                 )
                 spec.zero_padding = bool(do_zero_padding) and handle.do_expand
             spec.col_major_sf = bool(use_tma_aligned_col_major_sf)
+            previous = completions(previous_event, previous_event_before_epilogue)
         got, event = self._engine.dispatch(
             spec,
             background=bool(async_with_compute_stream),
-            previous=(previous_event, previous_event_before_epilogue),
+            previous=previous,
         )
         recv_x = got.recv_x if got.recv_sf is None else (got.recv_x, got.recv_sf)
         if handle is not None:
@@ -309,9 +315,10 @@ class ElasticBuffer:
         """
         with self._engine.refusing("combine"):
             spec = self._requests.combine(x, handle, topk_weights, bias, num_sms, self.allow_multiple_reduction)
+            previous = completions(previous_event, previous_event_before_epilogue)
         got, event = self._engine.combine(
             spec,
             background=bool(async_with_compute_stream),
-            previous=(previous_event, previous_event_before_epilogue),
+            previous=previous,
         )
         return got.combined_x, got.combined_topk_weights, event

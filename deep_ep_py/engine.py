@@ -21,7 +21,7 @@ from .backends.collective import CollectiveBackend
 from .backends.shm import ShmBackend, unavailable_because
 from .communicator import Communicator
 from .errors import EPArgumentError, EPBackendUnavailableError, EPError, EPMismatchError
-from .event import CompletionEvent, EventHandle, EventOverlap, completions
+from .event import CompletionEvent, EventHandle, EventOverlap
 from .settings import Settings
 from .types import Combined, CombineSpec, Dispatched, DispatchSpec
 
@@ -121,11 +121,11 @@ class Engine:
         return self._refusals[op]
 
     def dispatch(
-        self, spec: DispatchSpec, *, background: bool, previous: Sequence[Any]
+        self, spec: DispatchSpec, *, background: bool, previous: Sequence[CompletionEvent]
     ) -> tuple[Dispatched, EventOverlap]:
         backend = self.backend
         with self._lock:
-            flight = backend.prepare(spec, background=background, previous=_waiting(previous))
+            flight = backend.prepare(spec, background=background, previous=previous)
             try:
                 backend.dispatch_send(flight)
                 result = backend.dispatch_recv(flight)
@@ -134,10 +134,12 @@ class Engine:
                 raise
         return result, _event_of(flight.event, background)
 
-    def combine(self, spec: CombineSpec, *, background: bool, previous: Sequence[Any]) -> tuple[Combined, EventOverlap]:
+    def combine(
+        self, spec: CombineSpec, *, background: bool, previous: Sequence[CompletionEvent]
+    ) -> tuple[Combined, EventOverlap]:
         backend = self.backend
         with self._lock:
-            flight = backend.prepare_combine(spec, background=background, previous=_waiting(previous))
+            flight = backend.prepare_combine(spec, background=background, previous=previous)
             backend.combine_send(flight)
             result = backend.combine_recv(flight)
         return result, _event_of(flight.event, background)
@@ -209,13 +211,6 @@ def _raise_mismatch(face: str, arguments: list[dict[str, Any]]) -> None:
                 phase="constructor arguments",
                 ranks=tuple(values),
             )
-
-
-def _waiting(previous: Sequence[Any]) -> Sequence[CompletionEvent]:
-    for event in previous:
-        if event is not None:
-            return completions(*previous)
-    return ()
 
 
 def _event_of(event: CompletionEvent | None, background: bool) -> EventOverlap:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
+from .errors import EPArgumentError
+
 
 class CompletionEvent(Protocol):
     """When an operation is complete. ``wait`` releases the GIL, answers Ctrl-C, and raises the operation's error."""
@@ -87,10 +89,24 @@ class EventOverlap:
 
 
 def completions(*previous: EventOverlap | EventHandle | None) -> list[CompletionEvent]:
-    """The backend events behind ``previous_event`` arguments that are not complete yet."""
+    """The backend events behind ``previous_event`` arguments that are not complete yet.
+
+    Raises:
+        EPArgumentError: not an event.
+        EPError: what an operation raised that is complete.
+    """
     found = []
     for event in previous:
         handle = event.event if isinstance(event, EventOverlap) else event
-        if handle is not None and handle.completion is not None and not handle.completion.done():
-            found.append(handle.completion)
+        if handle is None:
+            continue
+        if not isinstance(handle, EventHandle):
+            raise EPArgumentError.of("previous_event", "an EventOverlap, an EventHandle or None", repr(event))
+        completion = handle.completion
+        if completion is None:
+            continue
+        if completion.done():
+            completion.wait()
+        else:
+            found.append(completion)
     return found

@@ -149,6 +149,12 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int) -> Plan:
         raise EPArgumentError.of(
             "handle", f"a handle of a dispatch over {num_ranks} ranks", f"one over {tuple(prefix.shape)}"
         )
+    for name, part in (("rank_prefix_matrix", prefix), ("recv_src_idx", recv_src_idx), ("send_head", send_head)):
+        if part.dtype != torch.int32 or not part.is_cpu:
+            raise EPArgumentError.of(f"handle ({name})", "torch.int32 on the CPU", f"{part.dtype} on {part.device}")
+    num_rows = int(prefix[-1, rank])
+    if recv_src_idx.dim() != 1 or recv_src_idx.shape[0] < num_rows:
+        raise EPArgumentError.of("handle (recv_src_idx)", f"at least {num_rows} entries", tuple(recv_src_idx.shape))
     prefix, send_head = prefix.contiguous(), send_head.contiguous()
     num_tokens = send_head.shape[0]
     targets = torch.empty((num_tokens, num_ranks), dtype=torch.int64, device="cpu")
@@ -160,7 +166,6 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int) -> Plan:
         num_tokens=num_tokens,
         targets=targets.data_ptr(),
     )
-    num_rows = int(prefix[-1, rank])
     return Plan(
         layout="rank",
         targets=targets,

@@ -55,6 +55,9 @@ class Requests:
         limit = validate.whole("num_max_tokens_per_rank", given, 0)
         if limit and num_tokens > limit:
             raise EPArgumentError.of("x", f"at most num_max_tokens_per_rank = {limit} tokens", num_tokens)
+        if limit * self._num_ranks >= 2**31:
+            most = f"at most {2**31 // self._num_ranks - 1}, so that global token indices fit 32 bits"
+            raise EPArgumentError.of("num_max_tokens_per_rank", most, limit)
         if not limit and not sync:
             raise EPArgumentError.of("num_max_tokens_per_rank", "a positive number where do_cpu_sync is off", limit)
         spec = DispatchSpec(

@@ -48,28 +48,35 @@ def tokens(x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     if isinstance(x, tuple | list):
         if len(x) != 2:
             raise EPArgumentError.of("x", "a tensor or a pair (x, scale factors)", f"{len(x)} items")
-        rows = matrix("x[0]", x[0])
+        rows = _wide("x[0]", x[0])
         sf = matrix("x[1]", x[1], rows=rows.shape[0]).contiguous()
         if sf.element_size() != 4:
             raise EPArgumentError.of("x[1]", "scale factors of 4 bytes (float32 or int32)", describe(sf))
         return rows, sf
-    return matrix("x", x), None
+    return _wide("x", x), None
 
 
-def whole(name: str, value: Any, low: int) -> int:
-    """A whole number not below ``low``; flags may be ints and ints may be numpy's."""
+def _wide(name: str, x: Any) -> torch.Tensor:
+    rows = matrix(name, x)
+    if rows.shape[1] == 0:
+        raise EPArgumentError.of(name, "at least one column", describe(x))
+    return rows
+
+
+def whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
+    """A whole number from ``low`` to ``high``; flags may be ints and ints may be numpy's."""
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = low - 1
-    if number < low or number != value:
-        raise EPArgumentError.of(name, f"a whole number not below {low}", describe(value))
+    if not low <= number <= high or number != value:
+        raise EPArgumentError.of(name, f"a whole number from {low} to {high}", describe(value))
     return number
 
 
 def combine_rows(x: Any, rows: int, delivered: str) -> torch.Tensor:
     """``x`` of a combine: [rows, H] of a dtype that can be summed."""
-    y = matrix("x", x)
+    y = _wide("x", x)
     if y.shape[0] != rows:
         raise EPArgumentError.of("x", f"{rows} rows, as {delivered} delivered", describe(y))
     if y.dtype not in _COMBINE_DTYPES:

@@ -122,10 +122,10 @@ void bind_engine(py::module_& m) {
       .def(
           "close",
           [](PyEngine& self, double grace_seconds) {
-            if (self.in_child()) return;
+            if (self.in_child()) return true;
             Engine& engine_ref = self.get();
             py::gil_scoped_release unlocked;
-            engine_ref.close(grace_seconds);
+            return engine_ref.close(grace_seconds);
           },
           py::kw_only(), py::arg("grace_seconds"))
       .def(

@@ -50,7 +50,10 @@ void set_python_error(const Error& error) {
       break;
   }
   const py::object type = py::module_::import("deep_ep_py.errors").attr(name);
-  const py::object instance = type(error.message, **fields);
+  // A text that was cut to fit a record may end inside a character.
+  const auto message = py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeUTF8(error.message.data(), static_cast<Py_ssize_t>(error.message.size()), "replace"));
+  const py::object instance = type(message, **fields);
   PyErr_SetObject(type.ptr(), instance.ptr());
 }
 

@@ -48,7 +48,9 @@ class PyEngine {
 
 struct PyEvent {
   std::shared_ptr<Event> event;
+  int pid = getpid();
   void wait() const {
+    if (getpid() != pid) throw Error(ErrorKind::general, "this event belongs to the parent of this forked process");
     bool complete = false;
     {
       pybind11::gil_scoped_release unlocked;
@@ -80,7 +82,7 @@ inline Events events_of(pybind11::handle events) {
 }
 
 inline std::shared_ptr<PyEvent> event_of(std::shared_ptr<Event> event) {
-  return event ? std::make_shared<PyEvent>(PyEvent{std::move(event)}) : nullptr;
+  return event ? std::make_shared<PyEvent>(PyEvent{std::move(event), getpid()}) : nullptr;
 }
 
 // dispatch_begin, dispatch_move and combine, as methods of the bound class; operations.cpp.

@@ -72,7 +72,7 @@ PyObject* dispatch_move(PyEngine& self, Values& v) {
   Engine& engine = self.get();
   {
     py::gil_scoped_release unlocked;
-    engine.dispatch_move(flight, out, {}, signal_raised);
+    engine.dispatch_move(flight, out, signal_raised);
   }
   return py::cast(event_of(flight.event)).release().ptr();
 }

@@ -12,7 +12,7 @@ constexpr int64_t kTokensPerChunk = 16;
 enum Field { kLayout, kHidden, kDtype, kHandle, kWeights, kReducePerRank };
 enum Published { kRows, kWeightRows };
 
-// The rows of one token in the order of the recipe (DESIGN, contract 2), as pointers; reused from token to token.
+// The rows of one token in the order of the recipe (docs/architecture.md, "Numerics"), as pointers; reused from token to token.
 class Recipe {
  public:
   Recipe(int num_slots, bool grouped) : grouped_(grouped), rows_(num_slots), ends_(grouped ? num_slots : 0) {}
@@ -71,9 +71,12 @@ void combine_weights(const CombineParams& p, const int64_t* targets, Weights&& w
 std::shared_ptr<Event> Engine::combine(const CombineParams& params, const Events& previous,
                                        const Interrupted& interrupted) {
   require_sound();
-  return run(params.background, previous, interrupted, [this, params](const Interrupted& interrupt) {
+  return run(params.background, interrupted, [this, params, previous](const Interrupted& interrupt) {
     Step step{{Op::combine, "copy", 0}, false, &interrupt};
-    guarded(step, [&] { combine_now(params, step); });
+    guarded(step, [&] {
+      await(previous, step);
+      combine_now(params, step);
+    });
   });
 }
 
@@ -174,7 +177,7 @@ void Engine::reduce(const CombineParams& p, const std::vector<Record>& records) 
     if (records[r].blocks[kRows].bytes) rows[r] = peers_->address(r, records[r].blocks[kRows]);
     if (records[r].blocks[kWeightRows].bytes)
       weights[r] = reinterpret_cast<const float*>(peers_->address(r, records[r].blocks[kWeightRows]));
-    limit[r] = static_cast<int64_t>(records[r].blocks[kRows].bytes) / p.row_bytes;
+    limit[r] = static_cast<int64_t>(records[r].blocks[kRows].bytes) / std::max<int64_t>(p.row_bytes, 1);
   }
   for (int64_t i = 0; i < p.num_tokens * p.num_slots; ++i) {
     if (p.targets[i] < 0) continue;

@@ -11,11 +11,10 @@ constexpr int64_t kTokensPerChunk = 32;
 
 }  // namespace
 
-void Engine::dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Events& previous,
-                           const Interrupted& interrupted) {
+void Engine::dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Interrupted& interrupted) {
   DispatchFlight* f = &flight;
   flight.moved = true;
-  flight.event = run(flight.params.background, previous, interrupted, [this, f, outputs](const Interrupted& interrupt) {
+  flight.event = run(flight.params.background, interrupted, [this, f, outputs](const Interrupted& interrupt) {
     Step step{{f->params.cached ? Op::cached_dispatch : Op::dispatch, "place", f->seq}, true, &interrupt};
     guarded(step, [&] {
       require_sound();

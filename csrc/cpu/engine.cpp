@@ -162,20 +162,26 @@ void Engine::join_background(const Interrupted& interrupted) {
   }
 }
 
-std::shared_ptr<Event> Engine::run(bool background, const Events& previous, const Interrupted& interrupted,
-                                   std::function<void(const Interrupted&)> body) {
-  Inside inside(*this);
-  auto all = [this, previous, body = std::move(body)](const Interrupted& interrupt) {
-    auto give_in = [&] { return cancelled_.load() || (interrupt && interrupt()); };
+void Engine::await(const Events& previous, Step& step) {
+  auto give_in = [&] { return cancelled_.load() || (*step.interrupted && (*step.interrupted)()); };
+  try {
     for (const auto& event : previous)
       if (!event->wait(give_in))
         throw Error(cancelled_.load() ? ErrorKind::general : ErrorKind::interrupted,
                     "gave up waiting for previous_event");
-    body(interrupt);
-  };
-  if (background) return worker_.submit([all] { all(nullptr); });
+  } catch (Error& error) {
+    publish_failed(step, next_record(step), "previous_event failed: " + error.message);
+    error.agreed = true;
+    throw;
+  }
+}
+
+std::shared_ptr<Event> Engine::run(bool background, const Interrupted& interrupted,
+                                   std::function<void(const Interrupted&)> body) {
+  Inside inside(*this);
+  if (background) return worker_.submit([body = std::move(body)] { body(nullptr); });
   join_background(interrupted);
-  all(interrupted);
+  body(interrupted);
   return nullptr;
 }
 
@@ -270,7 +276,7 @@ void Engine::check_agreement(const Step& step, const std::vector<Record>& record
 }
 
 void Engine::barrier(const Interrupted& interrupted) {
-  run(false, {}, interrupted, [this](const Interrupted& interrupt) {
+  run(false, interrupted, [this](const Interrupted& interrupt) {
     Step step{{Op::barrier, "publish", 0}, false, &interrupt};
     guarded(step, [&] {
       next_record(step);
@@ -282,7 +288,7 @@ void Engine::barrier(const Interrupted& interrupted) {
 }
 
 void Engine::fail(Op op, const std::string& text, const Interrupted& interrupted) {
-  run(false, {}, interrupted, [&](const Interrupted& interrupt) {
+  run(false, interrupted, [&](const Interrupted& interrupt) {
     Step step{{op, "publish", 0}, false, &interrupt};
     guarded(step, [&] { publish_failed(step, next_record(step), text); });
   });
@@ -319,7 +325,7 @@ int Engine::threads_for(int max_threads, bool background) const {
   return background ? std::max(1, n - 1) : n;
 }
 
-void Engine::close(double grace_seconds) {
+bool Engine::close(double grace_seconds) {
   const std::string why = "the buffer was destroyed while this operation was in flight";
   auto cancel = [&] {
     give_up(Error(ErrorKind::general, why), Op::barrier);
@@ -329,14 +335,14 @@ void Engine::close(double grace_seconds) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (closed_ && !teardown_deferred_) {  // by another thread, perhaps just now
     nobody_inside_.wait(lock, [&] { return peers_ == nullptr; });
-    return;
+    return true;
   }
   closed_ = true;
   teardown_deferred_ = std::count(inside_.begin(), inside_.end(), std::this_thread::get_id()) > 0;
   if (teardown_deferred_) {
     lock.unlock();
     cancel();
-    return;
+    return false;
   }
   const auto grace = std::chrono::duration<double>(grace_seconds);
   const auto until = std::chrono::steady_clock::now() + grace;
@@ -362,6 +368,7 @@ void Engine::close(double grace_seconds) {
   heap_.reset();
   peers_.reset();
   nobody_inside_.notify_all();
+  return true;
 }
 
 EngineStatistics Engine::statistics() const {

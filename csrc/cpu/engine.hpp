@@ -54,8 +54,7 @@ class Engine {
 
   std::unique_ptr<DispatchFlight> dispatch_begin(const DispatchParams& params, const Events& previous,
                                                  const Interrupted& interrupted);
-  void dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Events& previous,
-                     const Interrupted& interrupted);
+  void dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Interrupted& interrupted);
   // Null: complete when it returned.
   std::shared_ptr<Event> combine(const CombineParams& params, const Events& previous, const Interrupted& interrupted);
   void barrier(const Interrupted& interrupted);
@@ -70,8 +69,9 @@ class Engine {
 
   // Idempotent; from any thread. Operations under way get `grace_seconds` to end, then are cancelled. Returns when no
   // thread is inside any more and mappings, descriptors and the worker are gone; blocks in tensors live on. Called from
-  // inside (by a signal handler), it cancels at once and leaves the rest to the destructor.
-  void close(double grace_seconds);
+  // inside (by a signal handler), it cancels at once, leaves the rest to the
+  // destructor and returns false.
+  bool close(double grace_seconds);
   EngineStatistics statistics() const;
 
   // Tests: called in each phase, in the thread that runs it.
@@ -101,8 +101,10 @@ class Engine {
   void require_sound() const;
   EngineStatistics read_statistics() const;
   void join_background(const Interrupted& interrupted);
+  // What must be complete before this rank publishes; if it failed, peers learn it at their rendezvous.
+  void await(const Events& previous, Step& step);
   // Runs `body(interrupted)` now, or behind earlier background work in the background.
-  std::shared_ptr<Event> run(bool background, const Events& previous, const Interrupted& interrupted,
+  std::shared_ptr<Event> run(bool background, const Interrupted& interrupted,
                              std::function<void(const Interrupted&)> body);
 
   Record& next_record(Step& step);

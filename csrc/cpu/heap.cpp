@@ -102,7 +102,7 @@ BlockPtr Heap::allocate(uint64_t bytes, bool prefault) {
     if (it->second >= bytes && (best == free_.end() || it->second < best->second)) best = it;
   if (best == free_.end()) {
     // Doubling keeps the number of segments small; only what is asked for now is touched.
-    const uint64_t size = std::max(bytes, prefault ? total_bytes_.load(std::memory_order_relaxed) : 0);
+    const uint64_t size = std::max(bytes, total_bytes_.load(std::memory_order_relaxed));
     add_segment_locked(size, prefault ? bytes : 0);
     best = free_.find({segments_.size() - 1, kDataOffset});
   }

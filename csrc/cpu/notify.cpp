@@ -43,9 +43,12 @@ std::unique_ptr<DispatchFlight> Engine::dispatch_begin(const DispatchParams& par
                                                        const Interrupted& interrupted) {
   auto flight = std::make_unique<DispatchFlight>();
   flight->params = params;
-  run(false, previous, interrupted, [&](const Interrupted& interrupt) {
+  run(false, interrupted, [&](const Interrupted& interrupt) {
     Step step{{params.cached ? Op::cached_dispatch : Op::dispatch, "layout", 0}, false, &interrupt};
-    guarded(step, [&] { notify(*flight, step); });
+    guarded(step, [&] {
+      await(previous, step);
+      notify(*flight, step);
+    });
   });
   return flight;
 }
@@ -59,6 +62,9 @@ void Engine::count(DispatchFlight& flight, Step& step, Counts* counts) {
       if (p.num_tokens_per_rank && p.num_tokens_per_rank[r] != counts->per_rank[r])
         wrong = "num_tokens_per_rank[" + std::to_string(r) + "]: expected " + std::to_string(counts->per_rank[r]) +
                 " as counted in is_token_in_rank, got " + std::to_string(p.num_tokens_per_rank[r]);
+    for (int64_t i = 0; p.has_topk && i < p.num_tokens * p.num_topk && wrong.empty(); ++i)
+      if (p.topk_idx[i] < -1 || p.topk_idx[i] >= p.placement.num_experts)
+        wrong = wrong_expert(i / p.num_topk, i % p.num_topk, p.placement.num_experts, p.topk_idx[i]);
     counts->per_expert.assign(p.num_tokens_per_expert, p.num_tokens_per_expert + p.placement.num_experts);
   } else {
     wrong =
@@ -91,7 +97,8 @@ void Engine::make_offers(DispatchFlight& flight, Record& record, const Counts& c
   if (p.sf_bytes) flight.sf = heap_->allocate(static_cast<uint64_t>(offered * p.sf_bytes), !fixed || p.cached);
   if (small) flight.scratch = heap_->allocate(small);
   const auto x_bytes = static_cast<uint64_t>(offered * p.row_bytes);
-  flight.x = fixed ? heap_->allocate(x_bytes, p.cached) : heap_->allocate_extent(x_bytes);
+  // A cached dispatch has no second record: its offer must hold.
+  flight.x = fixed || p.cached ? heap_->allocate(x_bytes, p.cached) : heap_->allocate_extent(x_bytes);
   record.blocks[kX] = flight.x->ref();
   if (flight.sf) record.blocks[kScaleFactors] = flight.sf->ref();
   if (flight.scratch) record.blocks[kScratch] = flight.scratch->ref();

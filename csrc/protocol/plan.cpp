@@ -4,6 +4,11 @@
 
 namespace deep_ep {
 
+std::string wrong_expert(int64_t token, int64_t slot, int num_experts, int64_t got) {
+  return "topk_idx[" + std::to_string(token) + ", " + std::to_string(slot) + "]: expected -1 or an expert below " +
+         std::to_string(num_experts) + ", got " + std::to_string(got);
+}
+
 std::string layout_topk(const int64_t* topk_idx, int64_t num_tokens, int num_topk, const Placement& placement,
                         bool expand, int64_t* targets, Counts* counts) {
   counts->per_rank.assign(placement.num_ranks, 0);
@@ -22,8 +27,7 @@ std::string layout_topk(const int64_t* topk_idx, int64_t num_tokens, int num_top
           out[k] = -1;
           continue;
         }
-        return "topk_idx[" + std::to_string(t) + ", " + std::to_string(k) + "]: expected -1 or an expert below " +
-               std::to_string(placement.num_experts) + ", got " + std::to_string(e);
+        return wrong_expert(t, k, placement.num_experts, e);
       }
       const int r = placement.rank[e];
       const bool first = last_token[r] != t;

@@ -43,6 +43,9 @@ struct Counts {
   std::vector<int32_t> per_rank, per_expert;
 };
 
+// The sentence about an expert id that does not exist.
+std::string wrong_expert(int64_t token, int64_t slot, int num_experts, int64_t got);
+
 // Fill `targets` with rows relative to this source's first row at each destination (expand: of each expert), and count.
 // Return an empty string, or what is wrong with the routing.
 std::string layout_topk(const int64_t* topk_idx, int64_t num_tokens, int num_topk, const Placement& placement,

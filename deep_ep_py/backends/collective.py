@@ -8,6 +8,7 @@ names and adds them (:mod:`._recipe`). Memory is ordinary memory on the CPU.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -54,6 +55,7 @@ class CollectiveBackend:
         self._at = ("", "", 0)  # operation, phase, sequence number: for errors that come from the channel
         self._poison: EPError | None = None
         self._closed = False
+        self._pid = os.getpid()
 
     # Dispatch -------------------------------------------------------------------------------------------------------
 
@@ -91,6 +93,7 @@ class CollectiveBackend:
             check_worst_case(spec, counts, [r.tell["num_worst_tokens"] for r in records], self._seq)
             num_max_tokens = spec.num_max_tokens_per_rank or max(r.tell["num_tokens"] for r in records)
             plan = build_plan(spec, in_rank, counts, self.rank, num_max_tokens)
+            plan.digest ^= self._seq  # handles of equal counts are told apart
         return Delivery(spec, allocate(spec, plan, self.num_ranks), self.rank, self.num_ranks, self._seq)
 
     def _deliver(self, delivery: Delivery) -> None:
@@ -167,6 +170,8 @@ class CollectiveBackend:
         """Wait for this rank's own operations in flight, then leave; peers are not waited for."""
         if not self._closed:
             self._closed = True
+            if os.getpid() != self._pid:
+                return  # a forked child has neither the worker nor the connections
             self._worker.join()
             self._channel.close()
 
@@ -201,6 +206,8 @@ class CollectiveBackend:
 
     def _in_order(self, op: str, step: Callable[[], T], background: bool) -> T:
         """Run a step after all earlier ones, and wait for it."""
+        if os.getpid() != self._pid:
+            raise EPError(f"this buffer belongs to process {self._pid}, and this is its forked child: build one here")
         if not background:
             self._worker.drain()
             return self._guarded(step)

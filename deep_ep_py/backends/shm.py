@@ -21,7 +21,7 @@ from .base import Flight, Statistics
 _LAYOUT = {"rank": 0, "topk": 1, "expand": 2}
 _OPS = {"dispatch": 1, "combine": 3, "barrier": 4}
 _ROW_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-# DLPack type code and bits of what torch can take over as it is; other types travel as integers of their size.
+# DLPack type code and bits of what torch can take over as it is; other types travel as bytes.
 _DLPACK = {
     torch.bfloat16: (4, 16),
     torch.float16: (2, 16),
@@ -123,6 +123,7 @@ class ShmBackend:
     def prepare(
         self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
     ) -> Flight:
+        self._forget_complete()
         plan, x, sf, placement = spec.plan, spec.x, spec.sf, spec.placement
         num_tokens, hidden = x.shape
         row_bytes = hidden * x.element_size()
@@ -171,7 +172,7 @@ class ShmBackend:
             num_max_tokens_per_rank=spec.num_max_tokens_per_rank,
             max_threads=spec.max_threads,
             background=background,
-            previous=_core_events(previous),
+            previous=self._core_events("dispatch", previous),
         )
         rows = flight.num_output_rows
         if plan is None:
@@ -249,6 +250,7 @@ class ShmBackend:
     def prepare_combine(
         self, spec: CombineSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
     ) -> Flight:
+        self._forget_complete()
         y, plan = spec.y, spec.plan
         shape = (plan.targets.shape[0], y.shape[1])
         combined_x = None
@@ -289,7 +291,7 @@ class ShmBackend:
             out_weights=_address(out.combined_topk_weights),
             max_threads=spec.max_threads,
             background=background,
-            previous=_core_events(previous),
+            previous=self._core_events("combine", previous),
         )
         if background:
             self._keep(flight)
@@ -321,18 +323,32 @@ class ShmBackend:
         self._engine.set_phase_hook(hook)
 
     def close(self) -> None:
-        self._engine.close(grace_seconds=_CLOSE_GRACE_SECONDS)
-        self._in_flight.clear()
+        if self._engine.close(grace_seconds=_CLOSE_GRACE_SECONDS):
+            self._in_flight.clear()
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
         if 0 in shape:
             return None
-        code, bits = _DLPACK.get(dtype) or (1, 8 * dtype.itemsize)
-        capsule = self._engine.allocate(shape=shape, code=code, bits=bits)
+        stored, code, bits = _as_stored(shape, dtype)
+        capsule = self._engine.allocate(shape=stored, code=code, bits=bits)
         if capsule is None:
             return None
         tensor = from_dlpack(capsule)
         return tensor if dtype in _DLPACK else tensor.view(dtype)
+
+    def _core_events(self, op: str, previous: Sequence[CompletionEvent]) -> Sequence[_C.Event]:
+        """The core waits for its own events in the right thread; foreign ones are waited for here."""
+        found = []
+        for event in previous:
+            if isinstance(event, _C.Event):
+                found.append(event)
+                continue
+            try:
+                event.wait()
+            except Exception as e:
+                self.fail(op, f"previous_event failed: {e}")
+                raise
+        return found
 
     def _keep(self, flight: Flight) -> None:
         self._forget_complete()
@@ -347,21 +363,17 @@ class ShmBackend:
 def _take(take: Any, shape: tuple[int, int], dtype: torch.dtype, in_heap: bool) -> torch.Tensor:
     if not in_heap or shape[1] == 0:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    code, bits = _DLPACK.get(dtype) or (1, 8 * dtype.itemsize)
-    tensor = from_dlpack(take(shape=shape, code=code, bits=bits))
+    stored, code, bits = _as_stored(shape, dtype)
+    tensor = from_dlpack(take(shape=stored, code=code, bits=bits))
     return tensor if dtype in _DLPACK else tensor.view(dtype)
+
+
+def _as_stored(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], int, int]:
+    """Shape, DLPack code and bits under which torch takes the tensor over; unknown types as bytes."""
+    if dtype in _DLPACK:
+        return (shape, *_DLPACK[dtype])
+    return (*shape[:-1], shape[-1] * dtype.itemsize), 1, 8
 
 
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _core_events(previous: Sequence[CompletionEvent]) -> list[_C.Event]:
-    """The core waits for its own events in the right thread; foreign ones are waited for here."""
-    found = []
-    for event in previous:
-        if isinstance(event, _C.Event):
-            found.append(event)
-        else:
-            event.wait()
-    return found

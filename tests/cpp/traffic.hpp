@@ -188,7 +188,7 @@ class Exchange {
       out.recv_meta = meta_.data();
     }
     cached_ = cached;
-    engine.dispatch_move(*flight_, out, {}, nullptr);
+    engine.dispatch_move(*flight_, out, nullptr);
   }
 
   // Everything that came, against what its source must have sent.
