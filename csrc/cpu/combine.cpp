@@ -12,7 +12,8 @@ constexpr int64_t kTokensPerChunk = 16;
 enum Field { kLayout, kHidden, kDtype, kHandle, kWeights, kReducePerRank };
 enum Published { kRows, kWeightRows };
 
-// The rows of one token in the order of the recipe (docs/architecture.md, "Numerics"), as pointers; reused from token to token.
+// The rows of one token in the order of the recipe (docs/architecture.md, "Numerics"), as pointers; reused from token
+// to token.
 class Recipe {
  public:
   Recipe(int num_slots, bool grouped) : grouped_(grouped), rows_(num_slots), ends_(grouped ? num_slots : 0) {}
