@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+try:
+    from . import _C  # noqa: F401
+except ImportError as e:
+    raise ImportError(
+        "deep_ep_py: its compiled core, deep_ep_py._C, is not here or cannot be loaded. In a source tree that is not "
+        f"installed in place: `pip install -e .`, or run from another folder. ({e})"
+    ) from e
+
 from .buffer import Buffer
 from .config import Config
 from .elastic import ElasticBuffer

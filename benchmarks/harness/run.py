@@ -109,7 +109,7 @@ def run_shape(world: World, shape: Shape, options: Options, mpi: Mpi) -> dict[st
             if may_stop and world.broadcast(time.monotonic() - started > _PATIENCE_SECONDS):
                 break
             rounds += 1
-            world.progress(f"T={shape.num_tokens}: round {rounds}")
+            world.progress(f"T={shape.num_tokens}: round {rounds} of {options.rounds or _ROUNDS} at most")
             recorder.add("ceilings", ceilings.measure())
             for mode in modes:
                 recorder.add(mode.name, mode.round(world, iterations))
