@@ -1,6 +1,6 @@
 // Keyword-only functions with many arguments, without pybind11's cost of a name lookup per argument and call (measured:
-// 0.14 µs each of a 1.8 µs torch.empty; 60 arguments in a dispatch and its combine). A call site passes the same tuple
-// of names every time, so names are matched once for each site and then by identity.
+// 0.4 µs each where a torch.empty took 5 µs; 60 arguments in a dispatch and its combine). A call site passes the same
+// tuple of names every time, so names are matched once for each site and then by identity.
 #pragma once
 
 #include <pybind11/pybind11.h>
