@@ -19,12 +19,16 @@ def dispatch_layout(
     tokens_per_expert: int,
     is_token_in_rank: int,
 ) -> str: ...
-def heads_from_targets(
-    *, targets: int, prefix: int, rank: int, num_ranks: int, num_tokens: int, send_head: int
+
+plan_header_words: int
+plan_magic: int
+
+def plan_words(*, num_tokens: int, num_slots: int, num_ranks: int, num_local: int) -> int: ...
+def read_plan(*, plan: int, words: int) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int]: ...
+def heads_of_plan(*, plan: int, send_head: int) -> None: ...
+def plan_from_heads(
+    *, send_head: int, prefix: int, rank: int, num_ranks: int, num_tokens: int, num_output_rows: int, plan: int
 ) -> None: ...
-def targets_from_heads(
-    *, send_head: int, prefix: int, rank: int, num_ranks: int, num_tokens: int, targets: int
-) -> int: ...
 def probe_copy(*, to: int, from_: int, bytes: int, stream: bool) -> None: ...
 def probe_read(*, from_: int, bytes: int) -> int: ...
 
@@ -78,12 +82,11 @@ class Engine:
         layout: int,
         cached: bool,
         num_tokens: int,
-        num_slots: int,
         num_topk: int,
         topk_idx: int,
         topk_weights: int,
         has_topk: bool,
-        has_weights: bool,
+        weight_bytes: int,
         is_token_in_rank: int,
         num_tokens_per_rank: int,
         num_tokens_per_expert: int,
@@ -91,10 +94,7 @@ class Engine:
         num_local: int,
         expert_rank: int,
         expert_local: int,
-        targets: int,
-        counts: int,
-        digest: int,
-        num_rows: int,
+        plan: int,
         x: int,
         x_stride_bytes: int,
         row_bytes: int,
@@ -105,6 +105,7 @@ class Engine:
         expert_alignment: int,
         zero_padding: bool,
         mask_weights: bool,
+        describe_rows: bool,
         num_worst_tokens: int,
         num_max_tokens_per_rank: int,
         max_threads: int,
@@ -125,11 +126,7 @@ class Engine:
     def combine(
         self,
         *,
-        layout: int,
-        num_tokens: int,
-        num_slots: int,
-        targets: int,
-        digest: int,
+        plan: int,
         y: int,
         y_rows: int,
         y_stride_bytes: int,
@@ -137,6 +134,7 @@ class Engine:
         hidden: int,
         dtype: int,
         weights: int,
+        weight_bytes: int,
         num_weights: int,
         num_bias: int,
         bias0: int,

@@ -251,7 +251,7 @@ class Buffer:
         counts: list[int] = [] if num_worst_tokens else got.plan.expert_counts.tolist()
         if expert_alignment > 1:
             counts = [-(-n // expert_alignment) * expert_alignment for n in counts]
-        new_handle = pack_v1(got.plan, self.rank, got.recv_meta, spec.is_token_in_rank)
+        new_handle = pack_v1(got.plan, got.recv_meta, spec.is_token_in_rank)
         return recv_x, got.recv_topk_idx, got.recv_topk_weights, counts, new_handle, event
 
     def combine(
@@ -289,7 +289,7 @@ class Buffer:
                 weights=None
                 if topk_weights is None
                 else validate.tensor("topk_weights", topk_weights, torch.float32, (plan.num_output_rows, None)),
-                bias=validate.biases(bias, y, plan.targets.shape[0]),
+                bias=validate.biases(bias, y, plan.num_tokens),
                 max_threads=self._num_sms(config),
             )
             previous = completions(previous_event)
@@ -317,8 +317,8 @@ class Buffer:
                     "topk_idx", "None beside a handle (a cached dispatch moves rows only)", "a tensor"
                 )
             plan = unpack_v1(handle, self.rank, num_ranks)
-            if plan.targets.shape[0] != num_tokens:
-                raise EPArgumentError.of("x", f"{plan.targets.shape[0]} tokens, as the handle's dispatch", num_tokens)
+            if plan.num_tokens != num_tokens:
+                raise EPArgumentError.of("x", f"{plan.num_tokens} tokens, as the handle's dispatch", num_tokens)
             return DispatchSpec(
                 x=rows,
                 sf=sf,

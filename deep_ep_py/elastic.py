@@ -271,7 +271,6 @@ class ElasticBuffer:
             stats += plan.expert_counts
         new_handle = EPHandle(
             plan=plan,
-            rank=self.rank_idx,
             num_experts=spec.placement.num_experts,
             num_sms=num_sms,
             topk_idx=topk_idx.clone() if do_handle_copy else topk_idx,

@@ -9,7 +9,7 @@ import torch
 from . import _C
 from .errors import EPArgumentError
 from .layout import align, target_ranks, target_rows
-from .types import Plan
+from .plans import Plan, plan_words
 
 
 class EPHandle:
@@ -38,7 +38,6 @@ class EPHandle:
         self,
         *,
         plan: Plan,
-        rank: int,
         num_experts: int,
         num_sms: int,
         topk_idx: torch.Tensor,
@@ -57,7 +56,6 @@ class EPHandle:
         num_ranks = plan.num_ranks
         self.num_recv_tokens = plan.num_recv_tokens if has_host_counts else num_ranks * plan.num_max_tokens_per_rank
         self._plan = plan
-        self._rank = rank
         self._recv_topk_idx = recv_topk_idx
         self._has_host_counts = has_host_counts
         if num_expanded_tokens is not None:
@@ -86,7 +84,7 @@ def _psum_per_expert(handle: EPHandle) -> torch.Tensor:
 
 
 def _dst_buffer_slot_idx(handle: EPHandle) -> torch.Tensor:
-    plan, me, limit = handle._plan, handle._rank, handle.num_max_tokens_per_rank
+    plan, me, limit = handle._plan, handle._plan.rank, handle.num_max_tokens_per_rank
     ranks = target_ranks(plan.targets)
     # A destination's slot is its last one; earlier slots of the same rank are -1.
     later = torch.zeros_like(ranks, dtype=torch.bool)
@@ -107,14 +105,14 @@ def _dst_buffer_slot_idx(handle: EPHandle) -> torch.Tensor:
 _LAZY = {
     "num_recv_tokens_per_expert_list": lambda h: _aligned_counts(h) if h._has_host_counts else [],
     "num_expanded_tokens": lambda h: sum(_aligned_counts(h)),
-    "psum_num_recv_tokens_per_scaleup_rank": lambda h: h._plan.rank_prefix[:, h._rank].contiguous(),
+    "psum_num_recv_tokens_per_scaleup_rank": lambda h: h._plan.rank_prefix[:, h._plan.rank].contiguous(),
     "psum_num_recv_tokens_per_expert": _psum_per_expert,
     "num_unaligned_recv_tokens_per_expert": lambda h: h._plan.expert_counts,
     "dst_buffer_slot_idx": _dst_buffer_slot_idx,
 }
 
 
-def pack_v1(plan: Plan, rank: int, recv_src_idx: torch.Tensor, is_token_in_rank: torch.Tensor) -> tuple[Any, ...]:
+def pack_v1(plan: Plan, recv_src_idx: torch.Tensor, is_token_in_rank: torch.Tensor) -> tuple[Any, ...]:
     """V1's handle inside one domain: (rank_prefix_matrix [R, R], channel_prefix_matrix [R, 1],
     recv_channel_prefix_matrix [R, 1], recv_src_idx [N], is_token_in_rank [T, R] bool, send_head [T, R]), else int32.
 
@@ -122,14 +120,8 @@ def pack_v1(plan: Plan, rank: int, recv_src_idx: torch.Tensor, is_token_in_rank:
     """
     prefix = plan.rank_prefix
     send_head = torch.empty(is_token_in_rank.shape, dtype=torch.int32, device="cpu")
-    _C.heads_from_targets(
-        targets=plan.targets.data_ptr(),
-        prefix=prefix.data_ptr(),
-        rank=rank,
-        num_ranks=prefix.shape[0],
-        num_tokens=send_head.shape[0],
-        send_head=send_head.data_ptr(),
-    )
+    _C.heads_of_plan(plan=plan.packed.data_ptr(), send_head=send_head.data_ptr())
+    rank = plan.rank
     before = prefix[rank - 1] if rank > 0 else torch.zeros_like(prefix[0])
     channel = (prefix[rank] - before).unsqueeze(1)
     recv_channel = prefix[:, rank].diff(prepend=prefix.new_zeros(1)).unsqueeze(1)
@@ -157,22 +149,14 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int) -> Plan:
         raise EPArgumentError.of("handle (recv_src_idx)", f"at least {num_rows} entries", tuple(recv_src_idx.shape))
     prefix, send_head = prefix.contiguous(), send_head.contiguous()
     num_tokens = send_head.shape[0]
-    targets = torch.empty((num_tokens, num_ranks), dtype=torch.int64, device="cpu")
-    digest = _C.targets_from_heads(
+    packed = torch.empty(plan_words(num_tokens, num_ranks, num_ranks, 0), dtype=torch.int64, device="cpu")
+    _C.plan_from_heads(
         send_head=send_head.data_ptr(),
         prefix=prefix.data_ptr(),
         rank=rank,
         num_ranks=num_ranks,
         num_tokens=num_tokens,
-        targets=targets.data_ptr(),
-    )
-    return Plan(
-        layout="rank",
-        targets=targets,
-        num_rows=num_rows,
         num_output_rows=recv_src_idx.shape[0],
-        num_recv_tokens=num_rows,
-        counts=prefix.flatten(),
-        num_ranks=num_ranks,
-        digest=digest,
+        plan=packed.data_ptr(),
     )
+    return Plan(packed)

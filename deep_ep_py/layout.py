@@ -6,7 +6,8 @@ import torch
 
 from . import _C
 from .errors import EPArgumentError
-from .types import SHARED_ROW, ExpertPlacement
+from .plans import SHARED_ROW
+from .types import ExpertPlacement
 
 _ROW_MASK = (1 << 32) - 1
 

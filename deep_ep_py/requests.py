@@ -10,7 +10,8 @@ from . import validate
 from .errors import EPArgumentError
 from .handle import EPHandle
 from .layout import worst_case_expanded_rows
-from .types import CombineSpec, DispatchSpec, ExpertPlacement, Plan
+from .plans import Plan
+from .types import CombineSpec, DispatchSpec, ExpertPlacement
 
 Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -88,7 +89,7 @@ class Requests:
         """A dispatch along the handle's plan; ``agree``: arguments that must be None or the handle's."""
         plan = self._plan_of(handle)
         rows, sf = validate.tokens(x)
-        num_tokens, num_topk = plan.targets.shape
+        num_tokens, num_topk = plan.num_tokens, plan.num_slots
         if rows.shape[0] != num_tokens:
             raise EPArgumentError.of("x", f"{num_tokens} tokens, as the handle's dispatch", rows.shape[0])
         if expand != handle.do_expand:
@@ -120,13 +121,13 @@ class Requests:
         y = validate.combine_rows(x, plan.num_output_rows, "dispatch")
         if topk_weights is not None:
             rows = (plan.num_output_rows,)
-            shape = rows if handle.do_expand else (*rows, plan.targets.shape[1])
+            shape = rows if handle.do_expand else (*rows, plan.num_slots)
             topk_weights = validate.tensor("topk_weights", topk_weights, torch.float32, shape)
         return CombineSpec(
             y=y,
             plan=plan,
             weights=topk_weights,
-            bias=validate.biases(bias, y, plan.targets.shape[0]),
+            bias=validate.biases(bias, y, plan.num_tokens),
             reduce_per_rank=handle.do_expand and allow_multiple_reduction,
             max_threads=validate.whole("num_sms", num_sms, 0) or handle.num_sms,
         )
@@ -135,8 +136,8 @@ class Requests:
         if not isinstance(handle, EPHandle):
             raise EPArgumentError.of("handle", "the EPHandle that dispatch returned", validate.describe(handle))
         plan = handle._plan
-        if plan.num_ranks != self._num_ranks or handle._rank != self._rank:
-            made = f"rank {handle._rank} of {plan.num_ranks}"
+        if plan.num_ranks != self._num_ranks or plan.rank != self._rank:
+            made = f"rank {plan.rank} of {plan.num_ranks}"
             raise EPArgumentError.of("handle", f"one made by rank {self._rank} of {self._num_ranks}", f"one of {made}")
         return plan
 

@@ -95,7 +95,7 @@ def test_other_operation():
         ("hidden", {"x": torch.zeros(3, 5)}),
         ("dtype", {"x": torch.zeros(3, 9, dtype=torch.float64)}),
         ("scale factor bytes", {"sf": None}),
-        ("topk_weights given", {"topk_weights": None}),
+        ("topk_weights bytes", {"topk_weights": None}),
         ("layout", {"layout": "expand"}),
         ("num_topk", {"topk_idx": torch.zeros(3, 2, dtype=torch.int64), "topk_weights": torch.zeros(3, 2)}),
         ("num_experts", {"placement": ExpertPlacement.contiguous(8, 2)}),
@@ -359,12 +359,16 @@ import threading, torch
 from deep_ep_py.backends.collective import CollectiveBackend
 from deep_ep_py.communicator import thread_world
 from deep_ep_py.settings import Settings
-from deep_ep_py.types import CombineSpec, Plan
+from deep_ep_py.plans import Plan
+from deep_ep_py.types import CombineSpec
 
 def rank_body(c):
     b = backends[c.rank] = CollectiveBackend(c, Settings())
     empty = torch.zeros(0, 2, dtype=torch.int32)
-    plan = Plan("topk", empty.long(), 0, 0, 0, torch.zeros(2, 2, dtype=torch.int32), empty.new_zeros(2), 1)
+    plan = Plan.pack(
+        layout="topk", targets=empty.long(), rank_prefix=torch.zeros(2, 2), expert_counts=torch.zeros(2), rank=c.rank,
+        num_rows=0, num_output_rows=0, num_recv_tokens=0, digest=1, expert_alignment=1, num_max_tokens_per_rank=0,
+    )
     for _ in range({operations} - c.rank * {missing}):
         flight = b.prepare_combine(CombineSpec(torch.zeros(0, 4), plan), background=True)
         b.combine_send(flight)

@@ -5,7 +5,8 @@
 #include "bindings/errors.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/probe.hpp"
-#include "protocol/plan.hpp"
+#include "protocol/error.hpp"
+#include "protocol/packed_plan.hpp"
 #if DEEP_EP_HAS_SHM
 #include "bindings/engine.hpp"
 #endif
@@ -40,6 +41,42 @@ std::string dispatch_layout(uintptr_t topk_idx, int64_t num_tokens, int num_topk
   return wrong;
 }
 
+// The words of the header after the magic, in the order of PlanWord.
+py::tuple read_plan(uintptr_t plan, int64_t words) {
+  const auto* at = pointer<int64_t>(plan);
+  const std::string wrong = wrong_plan(at, words);
+  if (!wrong.empty()) {
+    Error error(ErrorKind::argument, "this is not the plan of a dispatch: " + wrong);
+    error.field = "handle";
+    throw error;
+  }
+  py::tuple out(kPlanHeaderWords - 1);
+  for (int i = 1; i < kPlanHeaderWords; ++i)
+    out[i - 1] = at[i];
+  return out;
+}
+
+// V1's handle carries send_head [num_tokens, num_ranks] in place of targets; each follows from the other.
+void heads_of_plan(uintptr_t address, uintptr_t send_head) {
+  const PackedPlan plan(pointer<int64_t>(address));
+  heads_from_targets(plan.targets(), plan.rank_prefix(), static_cast<int>(plan[kPlanRank]),
+                     static_cast<int>(plan[kPlanRanks]), plan[kPlanTokens], pointer<int32_t>(send_head));
+}
+
+void plan_from_heads(uintptr_t send_head, uintptr_t prefix, int rank, int num_ranks, int64_t num_tokens,
+                     int64_t num_output_rows, uintptr_t address) {
+  const PackedPlan plan(pointer<int64_t>(address));
+  plan.set_shape(Layout::rank, num_tokens, num_ranks, num_ranks, rank, 0);
+  const size_t entries = static_cast<size_t>(num_ranks) * num_ranks;
+  std::copy_n(pointer<int32_t>(prefix), entries, plan.rank_prefix());
+  targets_from_heads(pointer<int32_t>(send_head), plan.rank_prefix(), rank, num_ranks, num_tokens, plan.targets());
+  plan[kPlanRows] = plan[kPlanRecvTokens] = plan.rank_prefix()[entries - static_cast<size_t>(num_ranks) + rank];
+  plan[kPlanOutputRows] = num_output_rows;
+  plan[kPlanDigest] = static_cast<int64_t>(hash_bytes(plan.rank_prefix(), entries * 4, 0));
+  plan[kPlanAlignment] = 1;
+  plan[kPlanMaxTokens] = 0;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -50,23 +87,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("dispatch_layout", &dispatch_layout, py::kw_only(), py::arg("topk_idx"), py::arg("num_tokens"),
         py::arg("num_topk"), py::arg("num_ranks"), py::arg("num_experts"), py::arg("expert_rank"),
         py::arg("expert_local"), py::arg("tokens_per_rank"), py::arg("tokens_per_expert"), py::arg("is_token_in_rank"));
-  m.def(
-      "heads_from_targets",
-      [](uintptr_t targets, uintptr_t prefix, int rank, int num_ranks, int64_t num_tokens, uintptr_t send_head) {
-        heads_from_targets(pointer<int64_t>(targets), pointer<int32_t>(prefix), rank, num_ranks, num_tokens,
-                           pointer<int32_t>(send_head));
-      },
-      py::kw_only(), py::arg("targets"), py::arg("prefix"), py::arg("rank"), py::arg("num_ranks"),
-      py::arg("num_tokens"), py::arg("send_head"));
-  m.def(
-      "targets_from_heads",
-      [](uintptr_t send_head, uintptr_t prefix, int rank, int num_ranks, int64_t num_tokens, uintptr_t targets) {
-        targets_from_heads(pointer<int32_t>(send_head), pointer<int32_t>(prefix), rank, num_ranks, num_tokens,
-                           pointer<int64_t>(targets));
-        return hash_bytes(pointer<void>(prefix), static_cast<size_t>(num_ranks) * num_ranks * 4, 0);
-      },
-      py::kw_only(), py::arg("send_head"), py::arg("prefix"), py::arg("rank"), py::arg("num_ranks"),
-      py::arg("num_tokens"), py::arg("targets"));
+  m.attr("plan_header_words") = static_cast<int>(kPlanHeaderWords);
+  m.attr("plan_magic") = kPlanMagicValue;
+  m.def("plan_words", &plan_words, py::kw_only(), py::arg("num_tokens"), py::arg("num_slots"), py::arg("num_ranks"),
+        py::arg("num_local"));
+  m.def("read_plan", &read_plan, py::kw_only(), py::arg("plan"), py::arg("words"));
+  m.def("heads_of_plan", &heads_of_plan, py::kw_only(), py::arg("plan"), py::arg("send_head"));
+  m.def("plan_from_heads", &plan_from_heads, py::kw_only(), py::arg("send_head"), py::arg("prefix"), py::arg("rank"),
+        py::arg("num_ranks"), py::arg("num_tokens"), py::arg("num_output_rows"), py::arg("plan"));
   m.def(
       "probe_copy",
       [](uintptr_t to, uintptr_t from, size_t bytes, bool stream) {

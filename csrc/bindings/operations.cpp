@@ -5,6 +5,7 @@
 #include "bindings/errors.hpp"
 #include "bindings/keywords.hpp"
 #include "bindings/objects.hpp"
+#include "protocol/packed_plan.hpp"
 
 namespace py = pybind11;
 
@@ -16,26 +17,34 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
   p.layout = static_cast<Layout>(v.integer());
   p.cached = v.flag();
   p.num_tokens = v.integer();
-  p.num_slots = static_cast<int>(v.integer());
   p.num_topk = static_cast<int>(v.integer());
   p.topk_idx = v.pointer<int64_t>();
-  p.topk_weights = v.pointer<float>();
+  p.topk_weights = v.pointer<void>();
   p.has_topk = v.flag();
-  p.has_weights = v.flag();
+  p.weight_bytes = static_cast<int>(v.integer());
+  p.has_weights = p.weight_bytes > 0;
   p.is_token_in_rank = v.pointer<uint8_t>();
   p.num_tokens_per_rank = v.pointer<int32_t>();
   p.num_tokens_per_expert = v.pointer<int32_t>();
   Engine& engine = self.get();
   p.placement.num_experts = static_cast<int>(v.integer());
   p.placement.num_ranks = engine.num_ranks();
-  p.num_local = static_cast<int>(v.integer());
+  const int num_local = static_cast<int>(v.integer());
   p.placement.rank = v.pointer<int32_t>();
   p.placement.local = v.pointer<int32_t>();
-  p.targets = v.pointer<int64_t>();
-  p.rank_prefix = v.pointer<int32_t>();
-  p.expert_counts = p.rank_prefix + static_cast<size_t>(engine.num_ranks()) * engine.num_ranks();
-  p.digest = v.unsigned_integer();
-  p.num_rows = v.integer();
+  const PackedPlan plan(v.pointer<int64_t>());
+  if (!p.cached)
+    plan.set_shape(p.layout, p.num_tokens, p.layout == Layout::rank ? engine.num_ranks() : p.num_topk,
+                   engine.num_ranks(), engine.rank(), num_local);
+  p.num_slots = static_cast<int>(plan[kPlanSlots]);
+  p.num_local = static_cast<int>(plan[kPlanLocal]);
+  p.targets = plan.targets();
+  p.rank_prefix = plan.rank_prefix();
+  p.expert_counts = plan.expert_counts();
+  if (p.cached) {
+    p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
+    p.num_rows = plan[kPlanRows];
+  }
   p.x = v.pointer<void>();
   p.x_stride_bytes = v.integer();
   p.row_bytes = v.integer();
@@ -46,6 +55,7 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
   p.expert_alignment = static_cast<int>(v.integer());
   p.zero_padding = v.flag();
   p.mask_weights = v.flag();
+  p.describe_rows = v.flag();
   p.num_worst_tokens = v.integer();
   p.num_max_tokens_per_rank = v.integer();
   p.max_threads = static_cast<int>(v.integer());
@@ -57,6 +67,15 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
     flight.flight = engine.dispatch_begin(p, after, signal_raised);
     flight.engine = self.weak();
   }
+  if (!p.cached) {
+    const DispatchFlight& found = *flight.flight;
+    plan[kPlanRows] = found.num_rows;
+    plan[kPlanOutputRows] = found.num_output_rows;
+    plan[kPlanRecvTokens] = found.num_recv_tokens;
+    plan[kPlanDigest] = static_cast<int64_t>(found.digest);
+    plan[kPlanAlignment] = p.expert_alignment;
+    plan[kPlanMaxTokens] = found.num_max_tokens_per_rank;
+  }
   return py::cast(std::move(flight)).release().ptr();
 }
 
@@ -67,7 +86,7 @@ PyObject* dispatch_move(PyEngine& self, Values& v) {
   out.recv_sf = v.pointer<void>();
   out.recv_sf_leading = v.integer();
   out.recv_topk_idx = v.pointer<int64_t>();
-  out.recv_topk_weights = v.pointer<float>();
+  out.recv_topk_weights = v.pointer<void>();
   out.recv_meta = v.pointer<int32_t>();
   Engine& engine = self.get();
   {
@@ -79,25 +98,27 @@ PyObject* dispatch_move(PyEngine& self, Values& v) {
 
 PyObject* combine(PyEngine& self, Values& v) {
   CombineParams p;
-  p.layout = static_cast<Layout>(v.integer());
-  p.num_tokens = v.integer();
-  p.num_slots = static_cast<int>(v.integer());
-  p.targets = v.pointer<int64_t>();
-  p.digest = v.unsigned_integer();
+  const PackedPlan plan(v.pointer<int64_t>());
+  p.layout = static_cast<Layout>(plan[kPlanLayout]);
+  p.num_tokens = plan[kPlanTokens];
+  p.num_slots = static_cast<int>(plan[kPlanSlots]);
+  p.targets = plan.targets();
+  p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
   p.y = v.pointer<void>();
   p.y_rows = v.integer();
   p.y_stride_bytes = v.integer();
   p.row_bytes = v.integer();
   p.hidden = v.integer();
   p.dtype = static_cast<RowType>(v.integer());
-  p.weights = v.pointer<float>();
+  p.weights = v.pointer<void>();
+  p.weight_bytes = static_cast<int>(v.integer());
   p.num_weights = static_cast<int>(v.integer());
   p.num_bias = static_cast<int>(v.integer());
   p.bias[0] = v.pointer<void>();
   p.bias[1] = v.pointer<void>();
   p.reduce_per_rank = v.flag();
   p.out = v.pointer<void>();
-  p.out_weights = v.pointer<float>();
+  p.out_weights = v.pointer<void>();
   p.max_threads = static_cast<int>(v.integer());
   p.background = v.flag();
   const Events after = events_of(v.object());
@@ -152,12 +173,11 @@ void add_operations(py::handle type) {
                                {"layout",
                                 "cached",
                                 "num_tokens",
-                                "num_slots",
                                 "num_topk",
                                 "topk_idx",
                                 "topk_weights",
                                 "has_topk",
-                                "has_weights",
+                                "weight_bytes",
                                 "is_token_in_rank",
                                 "num_tokens_per_rank",
                                 "num_tokens_per_expert",
@@ -165,10 +185,7 @@ void add_operations(py::handle type) {
                                 "num_local",
                                 "expert_rank",
                                 "expert_local",
-                                "targets",
-                                "counts",
-                                "digest",
-                                "num_rows",
+                                "plan",
                                 "x",
                                 "x_stride_bytes",
                                 "row_bytes",
@@ -179,6 +196,7 @@ void add_operations(py::handle type) {
                                 "expert_alignment",
                                 "zero_padding",
                                 "mask_weights",
+                                "describe_rows",
                                 "num_worst_tokens",
                                 "num_max_tokens_per_rank",
                                 "max_threads",
@@ -188,10 +206,9 @@ void add_operations(py::handle type) {
       type, "dispatch_move",
       {"flight", "recv_x", "recv_sf", "recv_sf_leading", "recv_topk_idx", "recv_topk_weights", "recv_meta"});
   Method<&combine>::add(type, "combine",
-                        {"layout",      "num_tokens",     "num_slots",  "targets", "digest",          "y",
-                         "y_rows",      "y_stride_bytes", "row_bytes",  "hidden",  "dtype",           "weights",
-                         "num_weights", "num_bias",       "bias0",      "bias1",   "reduce_per_rank", "out",
-                         "out_weights", "max_threads",    "background", "previous"});
+                        {"plan", "y", "y_rows", "y_stride_bytes", "row_bytes", "hidden", "dtype", "weights",
+                         "weight_bytes", "num_weights", "num_bias", "bias0", "bias1", "reduce_per_rank", "out",
+                         "out_weights", "max_threads", "background", "previous"});
 }
 
 }  // namespace deep_ep

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kTokensPerChunk = 16;
 
-enum Field { kLayout, kHidden, kDtype, kHandle, kWeights, kReducePerRank };
+enum Field { kLayout, kHidden, kDtype, kHandle, kWeights, kWeightBytes, kReducePerRank };
 enum Published { kRows, kWeightRows };
 
 // The rows of one token in the order of the recipe (docs/architecture.md, "Numerics"), as pointers; reused from token
@@ -51,14 +51,17 @@ class Recipe {
 };
 
 // One token's weights. rank: every column summed over ranks; topk: slot k from the rank that owns it; expand: the
-// weight of slot k's own row. `weights(rank)`: that rank's [rows, num_weights].
-template <class Weights>
-void combine_weights(const CombineParams& p, const int64_t* targets, Weights&& weights, float* out) {
+// weight of slot k's own row. `weights[rank]`: that rank's [rows, num_weights].
+template <class Weight>
+void combine_weights(const CombineParams& p, const int64_t* targets, const std::vector<const void*>& weights,
+                     int64_t t) {
   const int columns = p.layout == Layout::rank ? p.num_weights : p.num_slots;
-  std::fill(out, out + columns, 0.0F);
+  Weight* out = static_cast<Weight*>(p.out_weights) + t * columns;
+  std::fill(out, out + columns, Weight{0});
   for (int k = 0; k < p.num_slots; ++k) {
     if (targets[k] < 0) continue;
-    const float* row = weights(target_rank(targets[k])) + target_row(targets[k]) * p.num_weights;
+    const Weight* row =
+        static_cast<const Weight*>(weights[target_rank(targets[k])]) + target_row(targets[k]) * p.num_weights;
     if (p.layout == Layout::rank)
       for (int j = 0; j < columns; ++j)
         out[j] += row[j];
@@ -120,7 +123,7 @@ void Engine::combine_now(const CombineParams& p, Step& step) {
   std::string out_of_memory;
   try {
     rows = publish_rows(p, &copy);
-    const size_t weight_bytes = static_cast<size_t>(p.y_rows) * p.num_weights * 4;
+    const size_t weight_bytes = static_cast<size_t>(p.y_rows) * p.num_weights * p.weight_bytes;
     if (weight_bytes) {
       weights = heap_->allocate(weight_bytes);
       std::memcpy(weights->data, p.weights, weight_bytes);
@@ -137,8 +140,13 @@ void Engine::combine_now(const CombineParams& p, Step& step) {
 
   enter(step, "publish");
   Record& record = next_record(step);
-  const int64_t fields[] = {static_cast<int64_t>(p.layout), p.hidden,      static_cast<int64_t>(p.dtype),
-                            static_cast<int64_t>(p.digest), p.num_weights, p.reduce_per_rank};
+  const int64_t fields[] = {static_cast<int64_t>(p.layout),
+                            p.hidden,
+                            static_cast<int64_t>(p.dtype),
+                            static_cast<int64_t>(p.digest),
+                            p.num_weights,
+                            p.num_weights ? p.weight_bytes : 0,
+                            p.reduce_per_rank};
   std::copy(std::begin(fields), std::end(fields), record.fields);
   record.blocks[kRows] = rows;
   if (weights) record.blocks[kWeightRows] = weights->ref();
@@ -172,12 +180,11 @@ void Engine::combine_now(const CombineParams& p, Step& step) {
 void Engine::reduce(const CombineParams& p, const std::vector<Record>& records) {
   const int num_ranks = options_.num_ranks;
   std::vector<const char*> rows(num_ranks, nullptr);
-  std::vector<const float*> weights(num_ranks, nullptr);
+  std::vector<const void*> weights(num_ranks, nullptr);
   std::vector<int64_t> limit(num_ranks, 0);
   for (int r = 0; r < num_ranks; ++r) {
     if (records[r].blocks[kRows].bytes) rows[r] = peers_->address(r, records[r].blocks[kRows]);
-    if (records[r].blocks[kWeightRows].bytes)
-      weights[r] = reinterpret_cast<const float*>(peers_->address(r, records[r].blocks[kWeightRows]));
+    if (records[r].blocks[kWeightRows].bytes) weights[r] = peers_->address(r, records[r].blocks[kWeightRows]);
     limit[r] = static_cast<int64_t>(records[r].blocks[kRows].bytes) / std::max<int64_t>(p.row_bytes, 1);
   }
   for (int64_t i = 0; i < p.num_tokens * p.num_slots; ++i) {
@@ -191,7 +198,7 @@ void Engine::reduce(const CombineParams& p, const std::vector<Record>& records) 
   }
   const auto reduce_row = kernels().reduce_row[static_cast<int>(p.dtype)];
   const bool stream = p.num_tokens * p.row_bytes > kStreamBytes;
-  const int64_t weight_columns = p.layout == Layout::rank ? p.num_weights : p.num_slots;
+  const auto take_weights = p.weight_bytes == 8 ? &combine_weights<double> : &combine_weights<float>;
   threads_.run(
       p.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
         FloatEnvironment nearest_and_no_flushing;
@@ -209,8 +216,7 @@ void Engine::reduce(const CombineParams& p, const std::vector<Record>& records) 
             row.bias[b] = static_cast<const char*>(p.bias[b]) + t * p.row_bytes;
           row.out = static_cast<char*>(p.out) + t * p.row_bytes;
           reduce_row(row);
-          if (p.out_weights)
-            combine_weights(p, targets, [&](int r) { return weights[r]; }, p.out_weights + t * weight_columns);
+          if (p.out_weights) take_weights(p, targets, weights, t);
         }
         if (stream) kernels().fence();
       });

@@ -38,7 +38,7 @@ void Engine::place(DispatchFlight& flight) {
     if (!moves(p.targets[i])) continue;
     ++moved;
     const int r = target_rank(p.targets[i]);
-    if (r >= options_.num_ranks || target_row(p.targets[i]) >= std::max<int64_t>(flight.destinations[r].row_limit, 1))
+    if (r >= options_.num_ranks || (p.row_bytes > 0 && target_row(p.targets[i]) >= flight.destinations[r].row_limit))
       throw Error(ErrorKind::general, "the handle names row " + std::to_string(target_row(p.targets[i])) + " of rank " +
                                           std::to_string(r) + ", which has no such row: it is not this dispatch's");
   }
@@ -46,6 +46,17 @@ void Engine::place(DispatchFlight& flight) {
   const auto* x = static_cast<const char*>(p.x);
   const auto* sf = static_cast<const char*>(p.sf);
 
+  const auto* all_weights = static_cast<const char*>(p.topk_weights);
+  const int64_t weight_row = static_cast<int64_t>(p.num_topk) * p.weight_bytes;
+  // Whether slot j of the token is an expert of rank r. V1's targets know ranks, not slots.
+  auto owns = [&](int64_t t, int j, int r) {
+    if (p.layout == Layout::topk) {
+      const int64_t target = p.targets[t * p.num_slots + j];
+      return target >= 0 && target_rank(target) == r;
+    }
+    const int64_t e = p.topk_idx[t * p.num_topk + j];
+    return e >= 0 && p.placement.rank[e] == r;
+  };
   auto small = [&](int64_t t, const Destination& d, int r, int64_t row) {
     // Compact layouts: the small arrays of one row.
     if (!p.cached) {
@@ -60,13 +71,11 @@ void Engine::place(DispatchFlight& flight) {
       }
     }
     if (p.has_weights) {
-      auto* weights = reinterpret_cast<float*>(d.scratch + d.layout.weights) + row * p.num_topk;
-      std::memcpy(weights, p.topk_weights + t * p.num_topk, static_cast<size_t>(p.num_topk) * 4);
+      char* weights = d.scratch + d.layout.weights + row * weight_row;
+      std::memcpy(weights, all_weights + t * weight_row, static_cast<size_t>(weight_row));
       if (p.mask_weights)
-        for (int j = 0; j < p.num_topk; ++j) {
-          const int64_t e = p.topk_idx[t * p.num_topk + j];
-          if (e < 0 || p.placement.rank[e] != r) weights[j] = 0;
-        }
+        for (int j = 0; j < p.num_topk; ++j)
+          if (!owns(t, j, r)) std::memset(weights + static_cast<ptrdiff_t>(j) * p.weight_bytes, 0, p.weight_bytes);
     }
   };
 
@@ -87,10 +96,12 @@ void Engine::place(DispatchFlight& flight) {
             if (!expand)
               small(t, d, r, row);
             else if (p.has_weights)
-              reinterpret_cast<float*>(d.scratch + d.layout.weights)[row] = p.topk_weights[t * p.num_topk + k];
+              std::memcpy(d.scratch + d.layout.weights + row * p.weight_bytes,
+                          all_weights + t * weight_row + static_cast<ptrdiff_t>(k) * p.weight_bytes, p.weight_bytes);
           }
           if (n == 0) continue;
-          kernel.copy_row(x + t * p.x_stride_bytes, x_rows.data(), n, static_cast<size_t>(p.row_bytes), stream);
+          if (p.row_bytes)
+            kernel.copy_row(x + t * p.x_stride_bytes, x_rows.data(), n, static_cast<size_t>(p.row_bytes), stream);
           if (sf) kernel.copy_row(sf + t * p.sf_bytes, sf_rows.data(), n, static_cast<size_t>(p.sf_bytes), false);
         }
         if (stream) kernel.fence();
@@ -138,8 +149,9 @@ void Engine::deliver(DispatchFlight& flight, const DispatchOutputs& out) {
   const ScratchLayout& at = flight.destinations[options_.rank].layout;
   if (out.recv_topk_weights && scratch)
     std::memcpy(out.recv_topk_weights, scratch + at.weights,
-                static_cast<size_t>(expand ? rows : rows * p.num_topk) * 4);
-  if (out.recv_topk_idx) {
+                static_cast<size_t>(expand ? rows : rows * p.num_topk) * p.weight_bytes);
+  if (out.recv_topk_idx && expand) describe_rows(flight, out);
+  if (out.recv_topk_idx && !expand) {
     std::memcpy(out.recv_topk_idx, scratch + at.topk, static_cast<size_t>(tokens * p.num_topk) * 8);
     std::fill(out.recv_topk_idx + tokens * p.num_topk, out.recv_topk_idx + flight.num_output_rows * p.num_topk,
               int64_t{-1});
@@ -182,6 +194,19 @@ void Engine::deliver(DispatchFlight& flight, const DispatchOutputs& out) {
   flight.scratch.reset();
 }
 
+// Expanded rows have no top-k ids of their own: one column that tells each row's expert.
+void Engine::describe_rows(DispatchFlight& flight, const DispatchOutputs& out) {
+  const DispatchParams& p = flight.params;
+  int64_t row = 0;
+  for (int i = 0; i < p.num_local; ++i) {
+    const int64_t counted = row + p.expert_counts[i], end = align_up(counted, p.expert_alignment);
+    std::fill(out.recv_topk_idx + row, out.recv_topk_idx + counted, int64_t{i});
+    std::fill(out.recv_topk_idx + counted, out.recv_topk_idx + end, int64_t{-1});
+    row = end;
+  }
+  std::fill(out.recv_topk_idx + row, out.recv_topk_idx + flight.num_output_rows, int64_t{-1});
+}
+
 void Engine::zero_gaps(DispatchFlight& flight, const DispatchOutputs& out) {
   const DispatchParams& p = flight.params;
   int64_t row = 0;
@@ -191,7 +216,9 @@ void Engine::zero_gaps(DispatchFlight& flight, const DispatchOutputs& out) {
     const auto gap = static_cast<size_t>(end - row);
     std::memset(flight.x_data + row * p.row_bytes, 0, gap * static_cast<size_t>(p.row_bytes));
     if (p.sf_bytes) std::memset(flight.sf_data + row * p.sf_bytes, 0, gap * static_cast<size_t>(p.sf_bytes));
-    if (out.recv_topk_weights) std::fill(out.recv_topk_weights + row, out.recv_topk_weights + end, 0.0F);
+    if (out.recv_topk_weights)
+      std::memset(static_cast<char*>(out.recv_topk_weights) + row * p.weight_bytes, 0,
+                  gap * static_cast<size_t>(p.weight_bytes));
     row = end;
   }
 }

@@ -18,13 +18,13 @@ const std::vector<const char*>& field_names(Op op) {
                                                     "num_topk",
                                                     "num_experts",
                                                     "topk_idx given",
-                                                    "topk_weights given",
+                                                    "topk_weights bytes",
                                                     "expert_alignment",
                                                     "fixed output size",
                                                     "num_max_tokens_per_rank",
                                                     "handle"};
   static const std::vector<const char*> combine = {
-      "layout", "hidden", "dtype", "handle", "topk_weights columns", "allow_multiple_reduction"};
+      "layout", "hidden", "dtype", "handle", "topk_weights columns", "topk_weights bytes", "allow_multiple_reduction"};
   static const std::vector<const char*> none;
   switch (op) {
     case Op::dispatch:

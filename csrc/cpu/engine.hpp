@@ -46,6 +46,7 @@ class Engine {
   explicit Engine(const EngineOptions& options);
   ~Engine();
 
+  int rank() const { return options_.rank; }
   int num_ranks() const { return options_.num_ranks; }
   SegmentAddress endpoint();
   void connect(const std::vector<SegmentAddress>& addresses);
@@ -123,6 +124,7 @@ class Engine {
   void place(DispatchFlight& flight);
   void arrive(DispatchFlight& flight, Step& step);
   void deliver(DispatchFlight& flight, const DispatchOutputs& outputs);
+  void describe_rows(DispatchFlight& flight, const DispatchOutputs& outputs);
   void zero_gaps(DispatchFlight& flight, const DispatchOutputs& outputs);
   // combine.cpp
   void combine_now(const CombineParams& params, Step& step);

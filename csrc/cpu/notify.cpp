@@ -30,6 +30,10 @@ enum Field {
 
 enum Offer { kX, kScaleFactors, kScratch };
 
+int weight_bytes_of(const DispatchParams& p) {
+  return p.has_weights ? p.weight_bytes : 0;
+}
+
 Error argument_error(const std::string& argument, const std::string& text) {
   Error error(ErrorKind::argument, text);
   error.field = argument;
@@ -90,10 +94,10 @@ void Engine::make_offers(DispatchFlight& flight, Record& record, const Counts& c
   flight.staged = heap_->over_limit(static_cast<uint64_t>(output_rows) * (p.row_bytes + p.sf_bytes));
   const bool fixed = (p.cached || p.num_worst_tokens >= 0) && !flight.staged;
   const int64_t offered = fixed ? output_rows : rows;
-  const bool weights = p.has_weights;
+  const int weight_bytes = weight_bytes_of(p);
   const auto small = p.cached
-                         ? static_cast<uint64_t>(weights ? rows * (p.layout == Layout::expand ? 1 : p.num_topk) * 4 : 0)
-                         : scratch_layout(p.layout, rows, rows, p.num_topk, p.has_topk, weights).bytes;
+                         ? static_cast<uint64_t>(rows * (p.layout == Layout::expand ? 1 : p.num_topk) * weight_bytes)
+                         : scratch_layout(p.layout, rows, rows, p.num_topk, p.has_topk, weight_bytes).bytes;
   if (p.sf_bytes) flight.sf = heap_->allocate(static_cast<uint64_t>(offered * p.sf_bytes), !fixed || p.cached);
   if (small) flight.scratch = heap_->allocate(small);
   const auto x_bytes = static_cast<uint64_t>(offered * p.row_bytes);
@@ -122,7 +126,7 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
                                       p.num_topk,
                                       p.placement.num_experts,
                                       p.has_topk,
-                                      p.has_weights,
+                                      weight_bytes_of(p),
                                       p.expert_alignment,
                                       p.num_worst_tokens >= 0 && !p.cached,
                                       p.num_max_tokens_per_rank,
@@ -222,7 +226,7 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
     if (p.cached) continue;
     d.layout =
         scratch_layout(p.layout, flight.matrix.tokens_to(r), p.layout == Layout::expand ? flight.expanded.rows[r] : 0,
-                       p.num_topk, p.has_topk, p.has_weights);
+                       p.num_topk, p.has_topk, weight_bytes_of(p));
     for (int s = 0; s < options_.rank; ++s)
       d.first_token += flight.matrix.rank[static_cast<size_t>(s) * num_ranks + r];
   }
@@ -239,7 +243,7 @@ void Engine::second_records(DispatchFlight& flight, Step& step, std::vector<Reco
     const int64_t rows = expand ? flight.expanded.rows[r] : tokens;
     bytes[kX] = static_cast<uint64_t>(rows * p.row_bytes);
     bytes[kScaleFactors] = static_cast<uint64_t>(rows * p.sf_bytes);
-    bytes[kScratch] = scratch_layout(p.layout, tokens, rows, p.num_topk, p.has_topk, p.has_weights).bytes;
+    bytes[kScratch] = scratch_layout(p.layout, tokens, rows, p.num_topk, p.has_topk, weight_bytes_of(p)).bytes;
     for (int b = 0; b < kMaxBlocks; ++b)
       if (records[r].blocks[b].bytes < bytes[b]) return true;
     return false;

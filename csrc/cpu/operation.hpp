@@ -31,7 +31,8 @@ struct DispatchParams {
   // Routing: topk_idx drives topk and expand; is_token_in_rank drives rank, with topk_idx beside it or null.
   // `has_*`: whether the caller gave them; of no tokens a given one has no address either.
   const int64_t* topk_idx = nullptr;
-  const float* topk_weights = nullptr;
+  const void* topk_weights = nullptr;  // contiguous
+  int weight_bytes = 4;                // of one: float32 or float64
   bool has_topk = false, has_weights = false;
   const uint8_t* is_token_in_rank = nullptr;
   const int32_t* num_tokens_per_rank = nullptr;    // rank: what the caller claims; checked
@@ -55,7 +56,8 @@ struct DispatchParams {
   // Flags.
   int expert_alignment = 1;
   bool zero_padding = false;
-  bool mask_weights = false;
+  bool mask_weights = false;            // weights of slots that another rank owns arrive as 0
+  bool describe_rows = false;           // expand: recv_topk_idx [rows, 1] tells each row's local expert, -1 in gaps
   int64_t num_worst_tokens = -1;        // rows of the output, fixed in advance; -1: exact
   int64_t num_max_tokens_per_rank = 0;  // 0: the largest token count of this call
   int max_threads = 0;
@@ -68,7 +70,7 @@ struct DispatchOutputs {
   void* recv_sf = nullptr;      // the same; or the column-major tensor that was asked for
   int64_t recv_sf_leading = 0;  // > 0: column-major with this leading dimension, in elements of 4 bytes
   int64_t* recv_topk_idx = nullptr;
-  float* recv_topk_weights = nullptr;
+  void* recv_topk_weights = nullptr;
   int32_t* recv_meta = nullptr;
 };
 
@@ -113,13 +115,14 @@ struct CombineParams {
   int64_t row_bytes = 0;
   int64_t hidden = 0;
   RowType dtype = RowType::bf16;
-  const float* weights = nullptr;  // [y_rows, num_weights], contiguous; num_weights 1 for expand
-  int num_weights = 0;             // 0: none were given
+  const void* weights = nullptr;  // [y_rows, num_weights], contiguous; num_weights 1 for expand
+  int weight_bytes = 4;           // of one: float32 or float64
+  int num_weights = 0;            // 0: none were given
   const void* bias[2] = {nullptr, nullptr};
   int num_bias = 0;
   bool reduce_per_rank = false;
-  void* out = nullptr;           // [num_tokens, hidden]
-  float* out_weights = nullptr;  // [num_tokens, num_weights], expand: [num_tokens, num_slots]
+  void* out = nullptr;          // [num_tokens, hidden]
+  void* out_weights = nullptr;  // [num_tokens, num_weights], expand: [num_tokens, num_slots]
   int max_threads = 0;
   bool background = false;
 };

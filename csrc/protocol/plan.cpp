@@ -142,7 +142,7 @@ uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {
 }
 
 ScratchLayout scratch_layout(Layout layout, int64_t num_tokens, int64_t num_rows, int num_topk, bool has_topk,
-                             bool has_weights) {
+                             int weight_bytes) {
   ScratchLayout out;
   uint64_t at = 0;
   auto place = [&at](int64_t bytes) {
@@ -153,7 +153,7 @@ ScratchLayout scratch_layout(Layout layout, int64_t num_tokens, int64_t num_rows
   const bool expand = layout == Layout::expand;
   out.src = place(num_tokens * (expand ? 1 + num_topk : 1) * 4);
   out.topk = place(has_topk && !expand ? num_tokens * num_topk * 8 : 0);
-  out.weights = place(has_weights ? (expand ? num_rows : num_tokens * num_topk) * 4 : 0);
+  out.weights = place((expand ? num_rows : num_tokens * num_topk) * weight_bytes);
   out.bytes = at;
   return out;
 }

@@ -86,11 +86,12 @@ void targets_from_heads(const int32_t* send_head, const int32_t* prefix, int sou
 uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed);
 
 // The small arrays that travel with the rows of an uncached dispatch, as offsets into the receiver's scratch block.
-// compact: src int32 [N], topk int64 [N, K], weights float [N, K]; expand: src int32 [N, 1 + K], weights float [D].
+// compact: src int32 [N], topk int64 [N, K], weights [N, K]; expand: src int32 [N, 1 + K], weights [D].
+// `weight_bytes`: of one weight; 0: none travel.
 struct ScratchLayout {
   uint64_t src = 0, topk = 0, weights = 0, bytes = 0;
 };
 ScratchLayout scratch_layout(Layout layout, int64_t num_tokens, int64_t num_rows, int num_topk, bool has_topk,
-                             bool has_weights);
+                             int weight_bytes);
 
 }  // namespace deep_ep

@@ -20,7 +20,7 @@ def dispatch_agrees_on(spec: DispatchSpec) -> dict[str, int | str]:
         "hidden": spec.x.shape[1],
         "dtype": str(spec.x.dtype),
         "scale factor bytes": 0 if spec.sf is None else spec.sf.shape[1] * spec.sf.element_size(),
-        "topk_weights given": int(spec.topk_weights is not None),
+        "topk_weights bytes": _element_bytes(spec.topk_weights),
     }
     if spec.plan is not None:
         return agree | {"handle": spec.plan.digest}
@@ -43,6 +43,7 @@ def combine_agrees_on(spec: CombineSpec) -> dict[str, int | str]:
         "dtype": str(spec.y.dtype),
         "handle": spec.plan.digest,
         "topk_weights columns": columns,
+        "topk_weights bytes": _element_bytes(spec.weights),
         "allow_multiple_reduction": int(spec.reduce_per_rank),
     }
 
@@ -50,8 +51,8 @@ def combine_agrees_on(spec: CombineSpec) -> dict[str, int | str]:
 def check_dispatch(spec: DispatchSpec) -> None:
     """Raises EPArgumentError: what would break the exchange."""
     num_tokens = spec.x.shape[0]
-    if spec.plan is not None and spec.plan.targets.shape[0] != num_tokens:
-        expected = f"the {spec.plan.targets.shape[0]} tokens of the handle's dispatch"
+    if spec.plan is not None and spec.plan.num_tokens != num_tokens:
+        expected = f"the {spec.plan.num_tokens} tokens of the handle's dispatch"
         raise EPArgumentError.of("x", expected, f"{num_tokens} tokens")
     for name in ("sf", "topk_idx", "topk_weights", "is_token_in_rank"):
         tensor = getattr(spec, name)
@@ -79,7 +80,7 @@ def check_combine(spec: CombineSpec) -> None:
         if tensor is not None and tensor.shape[0] < spec.plan.num_rows:
             expected = f"the {spec.plan.num_output_rows} rows that dispatch delivered"
             raise EPArgumentError.of(name, expected, f"{tensor.shape[0]} rows")
-    num_tokens = spec.plan.targets.shape[0]
+    num_tokens = spec.plan.num_tokens
     for bias in spec.bias:
         if bias.shape != (num_tokens, spec.y.shape[1]):
             raise EPArgumentError.of("bias", f"shape {(num_tokens, spec.y.shape[1])}", tuple(bias.shape))
@@ -106,6 +107,10 @@ def check_worst_case(spec: DispatchSpec, counts: torch.Tensor, worst: Sequence[i
             seq=seq,
             ranks=over,
         )
+
+
+def _element_bytes(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.element_size()
 
 
 def _digest(*tables: torch.Tensor) -> int:

@@ -8,7 +8,8 @@ import torch
 
 from .._rows import RowChannel, as_bytes
 from ..layout import align, target_ranks, target_rows
-from ..types import Dispatched, DispatchSpec, Plan
+from ..plans import Plan
+from ..types import Dispatched, DispatchSpec
 from ._routing import local_ids
 
 
@@ -22,18 +23,18 @@ def allocate(spec: DispatchSpec, plan: Plan, num_ranks: int) -> Dispatched:
         leading = max(align(rows, 4), 4)  # 16 bytes of 4-byte elements
         strides = (1, leading) if spec.col_major_sf else (spec.sf.shape[1], 1)
         recv_sf = torch.empty_strided((rows, spec.sf.shape[1]), strides, dtype=spec.sf.dtype, device="cpu")
-    if new and spec.topk_idx is not None and not expand:
-        recv_idx = torch.full((rows, spec.topk_idx.shape[1]), -1, dtype=torch.int64, device="cpu")
+    if new and spec.topk_idx is not None and (spec.describe_rows or not expand):
+        recv_idx = torch.full((rows, 1 if expand else spec.topk_idx.shape[1]), -1, dtype=torch.int64, device="cpu")
     if spec.topk_weights is not None:
         shape = (rows,) if expand else (rows, spec.topk_weights.shape[1])
-        recv_weights = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        recv_weights = torch.zeros(shape, dtype=spec.topk_weights.dtype, device="cpu")
     if new and plan.layout == "rank":
         recv_meta = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
     elif new:
         num_meta = (
             num_ranks * plan.num_max_tokens_per_rank if spec.num_worst_tokens is not None else plan.num_recv_tokens
         )
-        recv_meta = torch.full((num_meta, 2 + plan.targets.shape[1]), -1, dtype=torch.int32, device="cpu")
+        recv_meta = torch.full((num_meta, 2 + plan.num_slots), -1, dtype=torch.int32, device="cpu")
     return Dispatched(recv_x, recv_sf, recv_idx, recv_weights, recv_meta, plan)
 
 
@@ -86,8 +87,8 @@ class Delivery:
             move(local, result.recv_topk_idx[:num_recv])
         if spec.topk_weights is not None:
             weights = spec.topk_weights[token]
-            if spec.mask_weights and local is not None:
-                weights = torch.where(local >= 0, weights, 0.0)
+            if spec.mask_weights:
+                weights = torch.where(ranks[token] == to if local is None else local >= 0, weights, 0.0)
         if rows_of_slots is None:
             if weights is not None and result.recv_topk_weights is not None:
                 move(weights, result.recv_topk_weights[:num_recv])
@@ -95,6 +96,8 @@ class Delivery:
                 if rows is not None and out is not None:
                     move(_take(rows, token), as_bytes(out)[:num_recv])
             return
+        if result.recv_topk_idx is not None:
+            self._describe_rows(result.recv_topk_idx)
         source, slot = (rows_of_slots >= 0).nonzero(as_tuple=True)
         place = rows_of_slots[source, slot]
         gaps = torch.ones(plan.num_rows, dtype=torch.bool, device="cpu")
@@ -121,6 +124,13 @@ class Delivery:
         meta[:num_recv, 1] = source
         if rows_of_slots is not None:
             meta[:num_recv, 2:] = rows_of_slots
+
+    def _describe_rows(self, recv_topk_idx: torch.Tensor) -> None:
+        """Expanded: the local expert of each row."""
+        first = 0
+        for expert, n in enumerate(self.result.plan.expert_counts.tolist()):
+            recv_topk_idx[first : first + n] = expert
+            first = align(first + n, self.spec.expert_alignment)
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

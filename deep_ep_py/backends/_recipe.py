@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..layout import primary, target_ranks
-from ..types import Plan
+from ..plans import Plan
 
 
 def positions(plan: Plan, num_ranks: int) -> tuple[torch.Tensor, list[int], torch.Tensor]:
@@ -63,7 +63,7 @@ def combine_rows(
 
 
 def combine_weights(out: torch.Tensor, weights: torch.Tensor, plan: Plan, position: torch.Tensor) -> None:
-    """``out`` [T, K] float32 from the fetched ``weights``: a sum of columns (``rank``), or each slot's own value."""
+    """``out`` [T, K] from the fetched ``weights``: a sum of columns (``rank``), or each slot's own value."""
     out.zero_()
     if plan.layout == "rank":
         for r in range(position.shape[1]):

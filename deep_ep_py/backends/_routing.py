@@ -7,7 +7,8 @@ import hashlib
 import torch
 
 from ..layout import align, encode_targets
-from ..types import DispatchSpec, ExpertPlacement, Plan
+from ..plans import Plan
+from ..types import DispatchSpec, ExpertPlacement
 
 
 def owners(topk_idx: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor:
@@ -57,8 +58,14 @@ def rows_per_rank(spec: DispatchSpec, counts: torch.Tensor) -> list[int]:
     return rows
 
 
-def build_plan(spec: DispatchSpec, in_rank: torch.Tensor, counts: torch.Tensor, rank: int, num_max_tokens: int) -> Plan:
-    """The plan of one rank, from everyone's counts [R, R + E]; ``num_max_tokens``: M, given or found out."""
+def build_plan(
+    spec: DispatchSpec, in_rank: torch.Tensor, counts: torch.Tensor, rank: int, num_max_tokens: int, seq: int
+) -> Plan:
+    """The plan of one rank, from everyone's counts [R, R + E].
+
+    Args:
+        num_max_tokens: M, given or found out. seq: of the operation; handles of equal counts are told apart by it.
+    """
     placement = spec.placement
     assert placement is not None
     num_ranks = counts.shape[0]
@@ -67,15 +74,16 @@ def build_plan(spec: DispatchSpec, in_rank: torch.Tensor, counts: torch.Tensor, 
     num_rows = rows_per_rank(spec, counts)[rank]
     expand = spec.layout == "expand"
     targets = _expanded_targets(spec, slots, rank) if expand else _targets(spec, in_rank, tokens, rank)
-    return Plan(
+    return Plan.pack(
         layout=spec.layout,
         targets=targets,
         num_rows=num_rows,
         num_output_rows=num_rows if spec.num_worst_tokens is None else spec.num_worst_tokens,
         num_recv_tokens=int(tokens[:, rank].sum()),
-        counts=torch.cat([tokens.cumsum(0).flatten(), slots.sum(0)[local]]).to(torch.int32),
-        num_ranks=num_ranks,
-        digest=_digest(spec, counts),
+        rank_prefix=tokens.cumsum(0),
+        expert_counts=slots.sum(0)[local],
+        rank=rank,
+        digest=_digest(spec, counts) ^ seq,
         expert_alignment=spec.expert_alignment,
         num_max_tokens_per_rank=num_max_tokens,
     )

@@ -92,8 +92,7 @@ class CollectiveBackend:
             self._statistics.rendezvous_with_counts += 1
             check_worst_case(spec, counts, [r.tell["num_worst_tokens"] for r in records], self._seq)
             num_max_tokens = spec.num_max_tokens_per_rank or max(r.tell["num_tokens"] for r in records)
-            plan = build_plan(spec, in_rank, counts, self.rank, num_max_tokens)
-            plan.digest ^= self._seq  # handles of equal counts are told apart
+            plan = build_plan(spec, in_rank, counts, self.rank, num_max_tokens, self._seq)
         return Delivery(spec, allocate(spec, plan, self.num_ranks), self.rank, self.num_ranks, self._seq)
 
     def _deliver(self, delivery: Delivery) -> None:
@@ -106,12 +105,12 @@ class CollectiveBackend:
         self, spec: CombineSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
     ) -> Flight:
         """Begin a combine: outputs only. Ranks meet in ``combine_send``, which raises what :meth:`prepare` would."""
-        num_tokens, num_columns = spec.plan.targets.shape
+        num_tokens, num_columns = spec.plan.num_tokens, spec.plan.num_slots
         combined_x = torch.empty((num_tokens, spec.y.shape[-1]), dtype=spec.y.dtype, device="cpu")
         weights = None
         if spec.weights is not None:
             num_topk = num_columns if spec.plan.layout == "expand" else spec.weights.shape[-1]
-            weights = torch.empty((num_tokens, num_topk), dtype=torch.float32, device="cpu")
+            weights = torch.empty((num_tokens, num_topk), dtype=spec.weights.dtype, device="cpu")
         return Flight(Combined(combined_x, weights), Completion() if background else None, (spec, tuple(previous)))
 
     def combine_send(self, flight: Flight) -> None:

@@ -14,11 +14,12 @@ from .. import _C
 from ..communicator import Communicator
 from ..errors import EPBackendUnavailableError, EPError
 from ..event import CompletionEvent
+from ..plans import LAYOUTS, Plan, plan_words
 from ..settings import Settings, available_memory_bytes
-from ..types import Combined, CombineSpec, Dispatched, DispatchSpec, Plan
+from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
 from .base import Flight, Statistics
 
-_LAYOUT = {"rank": 0, "topk": 1, "expand": 2}
+_LAYOUT = {layout: number for number, layout in enumerate(LAYOUTS)}
 _OPS = {"dispatch": 1, "combine": 3, "barrier": 4}
 _ROW_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 # DLPack type code and bits of what torch can take over as it is; other types travel as bytes.
@@ -129,35 +130,32 @@ class ShmBackend:
         row_bytes = hidden * x.element_size()
         topk_idx, weights = spec.topk_idx, spec.topk_weights
         num_topk = topk_idx.shape[1] if topk_idx is not None else weights.shape[1] if weights is not None else 0
+        num_local = 0
         if plan is not None:
-            targets, counts = plan.targets, plan.counts
+            packed = plan.packed
         else:
             assert placement is not None
+            num_local = placement.num_local[self.rank]
             width = self.num_ranks if spec.layout == "rank" else num_topk
-            targets = torch.empty((num_tokens, width), dtype=torch.int64, device="cpu")
-            num_counts = self.num_ranks * self.num_ranks + placement.num_local[self.rank]
-            counts = torch.empty(num_counts, dtype=torch.int32, device="cpu")
+            words = plan_words(num_tokens, width, self.num_ranks, num_local)
+            packed = torch.empty(words, dtype=torch.int64, device="cpu")
         flight = self._engine.dispatch_begin(
             layout=_LAYOUT[spec.layout],
             cached=plan is not None,
             num_tokens=num_tokens,
-            num_slots=targets.shape[1],
             num_topk=num_topk,
             topk_idx=_address(topk_idx),
             topk_weights=_address(weights),
             has_topk=topk_idx is not None,
-            has_weights=weights is not None,
+            weight_bytes=0 if weights is None else weights.element_size(),
             is_token_in_rank=_address(spec.is_token_in_rank),
             num_tokens_per_rank=_address(spec.num_tokens_per_rank),
             num_tokens_per_expert=_address(spec.num_tokens_per_expert),
             num_experts=0 if placement is None else placement.num_experts,
-            num_local=counts.numel() - self.num_ranks * self.num_ranks,
+            num_local=num_local,
             expert_rank=0 if placement is None else placement.rank.data_ptr(),
             expert_local=0 if placement is None else placement.local.data_ptr(),
-            targets=targets.data_ptr(),
-            counts=counts.data_ptr(),
-            digest=0 if plan is None else plan.digest,
-            num_rows=0 if plan is None else plan.num_rows,
+            plan=packed.data_ptr(),
             x=x.data_ptr(),
             x_stride_bytes=x.stride(0) * x.element_size() if num_tokens > 1 else row_bytes,
             row_bytes=row_bytes,
@@ -168,6 +166,7 @@ class ShmBackend:
             expert_alignment=spec.expert_alignment,
             zero_padding=spec.zero_padding,
             mask_weights=spec.mask_weights,
+            describe_rows=spec.describe_rows,
             num_worst_tokens=-1 if spec.num_worst_tokens is None else spec.num_worst_tokens,
             num_max_tokens_per_rank=spec.num_max_tokens_per_rank,
             max_threads=spec.max_threads,
@@ -176,18 +175,7 @@ class ShmBackend:
         )
         rows = flight.num_output_rows
         if plan is None:
-            plan = Plan(
-                layout=spec.layout,
-                targets=targets,
-                num_rows=flight.num_rows,
-                num_output_rows=rows,
-                num_recv_tokens=flight.num_recv_tokens,
-                counts=counts,
-                num_ranks=self.num_ranks,
-                digest=flight.digest,
-                expert_alignment=spec.expert_alignment,
-                num_max_tokens_per_rank=flight.num_max_tokens_per_rank,
-            )
+            plan = Plan(packed)
         try:
             result = self._outputs(spec, flight, plan, rows, num_topk)
         except BaseException:
@@ -211,11 +199,11 @@ class ShmBackend:
                 recv_sf = _take(flight.take_sf, (rows, sf.shape[1]), sf.dtype, in_heap)
         cached, expand = spec.plan is not None, spec.layout == "expand"
         recv_topk_idx = recv_weights = recv_meta = None
-        if spec.topk_idx is not None and not cached and not expand:
-            recv_topk_idx = torch.empty((rows, num_topk), dtype=torch.int64, device="cpu")
+        if spec.topk_idx is not None and not cached and (spec.describe_rows or not expand):
+            recv_topk_idx = torch.empty((rows, 1 if expand else num_topk), dtype=torch.int64, device="cpu")
         if spec.topk_weights is not None:
             shape = (rows,) if expand else (rows, num_topk)
-            recv_weights = torch.empty(shape, dtype=torch.float32, device="cpu")
+            recv_weights = torch.empty(shape, dtype=spec.topk_weights.dtype, device="cpu")
         if not cached:
             if spec.layout == "rank":
                 meta_shape: tuple[int, ...] = (rows,)
@@ -252,7 +240,7 @@ class ShmBackend:
     ) -> Flight:
         self._forget_complete()
         y, plan = spec.y, spec.plan
-        shape = (plan.targets.shape[0], y.shape[1])
+        shape = (plan.num_tokens, y.shape[1])
         combined_x = None
         if shape[0] * shape[1] * y.element_size() >= _SMALL_RESULT_BYTES:
             combined_x = self._allocate(shape, y.dtype)
@@ -260,8 +248,8 @@ class ShmBackend:
             combined_x = torch.empty(shape, dtype=y.dtype, device="cpu")
         weights = None
         if spec.weights is not None:
-            columns = spec.weights.shape[1] if plan.layout == "rank" else plan.targets.shape[1]
-            weights = torch.empty((shape[0], columns), dtype=torch.float32, device="cpu")
+            columns = spec.weights.shape[1] if plan.layout == "rank" else plan.num_slots
+            weights = torch.empty((shape[0], columns), dtype=spec.weights.dtype, device="cpu")
         return Flight(Combined(combined_x, weights), state=(spec, background, previous))
 
     def combine_send(self, flight: Flight) -> None:
@@ -270,11 +258,7 @@ class ShmBackend:
         y, plan, weights = spec.y, spec.plan, spec.weights
         row_bytes = y.shape[1] * y.element_size()
         flight.event = self._engine.combine(
-            layout=_LAYOUT[plan.layout],
-            num_tokens=plan.targets.shape[0],
-            num_slots=plan.targets.shape[1],
-            targets=plan.targets.data_ptr(),
-            digest=plan.digest,
+            plan=plan.packed.data_ptr(),
             y=y.data_ptr(),
             y_rows=plan.num_rows,
             y_stride_bytes=y.stride(0) * y.element_size() if plan.num_rows > 1 else row_bytes,
@@ -282,6 +266,7 @@ class ShmBackend:
             hidden=y.shape[1],
             dtype=_ROW_TYPES[y.dtype],
             weights=_address(weights),
+            weight_bytes=4 if weights is None else weights.element_size(),
             num_weights=0 if weights is None else weights.shape[1] if weights.dim() == 2 else 1,
             num_bias=len(spec.bias),
             bias0=spec.bias[0].data_ptr() if spec.bias else 0,

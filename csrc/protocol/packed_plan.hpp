@@ -1,0 +1,67 @@
+// A plan as one array of 64-bit words, so that it passes through whatever carries a tensor: an autograd graph, a
+// compiled graph, a checkpointed region. Header, then counts (int32, [num_ranks, num_ranks] inclusive sums over sources
+// and [num_local] slots received per expert), then targets [num_tokens, num_slots].
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "protocol/plan.hpp"
+
+namespace deep_ep {
+
+// Words of the header; deep_ep_py/plans.py names them in the same order.
+enum PlanWord {
+  kPlanMagic,
+  kPlanLayout,
+  kPlanTokens,
+  kPlanSlots,
+  kPlanRanks,
+  kPlanRank,
+  kPlanLocal,
+  kPlanRows,
+  kPlanOutputRows,
+  kPlanRecvTokens,
+  kPlanDigest,
+  kPlanAlignment,
+  kPlanMaxTokens,
+  kPlanHeaderWords
+};
+constexpr int64_t kPlanMagicValue = 0x31'4e'41'4c'50'50'45'44;  // "DEPPLAN1"
+
+inline int64_t plan_count_words(int64_t num_ranks, int64_t num_local) {
+  return (num_ranks * num_ranks + num_local + 1) / 2;
+}
+inline int64_t plan_words(int64_t num_tokens, int64_t num_slots, int64_t num_ranks, int64_t num_local) {
+  return kPlanHeaderWords + plan_count_words(num_ranks, num_local) + num_tokens * num_slots;
+}
+
+// The array's parts. Nothing is checked here: see `wrong_plan`.
+class PackedPlan {
+ public:
+  explicit PackedPlan(int64_t* words) : words_(words) {}
+  int64_t& operator[](PlanWord word) const { return words_[word]; }
+  int32_t* rank_prefix() const { return reinterpret_cast<int32_t*>(words_ + kPlanHeaderWords); }
+  int32_t* expert_counts() const { return rank_prefix() + words_[kPlanRanks] * words_[kPlanRanks]; }
+  int64_t* targets() const {
+    return words_ + kPlanHeaderWords + plan_count_words(words_[kPlanRanks], words_[kPlanLocal]);
+  }
+  // The sizes that place the parts; before anything else.
+  void set_shape(Layout layout, int64_t num_tokens, int num_slots, int num_ranks, int rank, int num_local) const {
+    words_[kPlanMagic] = kPlanMagicValue;
+    words_[kPlanLayout] = static_cast<int64_t>(layout);
+    words_[kPlanTokens] = num_tokens;
+    words_[kPlanSlots] = num_slots;
+    words_[kPlanRanks] = num_ranks;
+    words_[kPlanRank] = rank;
+    words_[kPlanLocal] = num_local;
+  }
+
+ private:
+  int64_t* words_;
+};
+
+// What is wrong with `num_words` words that a caller says are a plan; empty if nothing is.
+std::string wrong_plan(const int64_t* words, int64_t num_words);
+
+}  // namespace deep_ep

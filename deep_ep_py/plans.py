@@ -1,0 +1,139 @@
+"""Plans: where every row goes, as one rank knows it. One tensor of integers, so that it passes through whatever
+carries tensors (an autograd graph, a compiled graph, a checkpointed region) and outlives the buffer that made it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from . import _C
+from .errors import EPArgumentError
+
+#: Bit of a plan's target: another, later slot of the token stands for the same row.
+SHARED_ROW = 1 << 62
+
+#: How a plan's columns are read. ``rank``: column r is destination rank r (V1). ``topk``: column k is slot k and a
+#: destination's row is shared by all slots that select it (V2 compact). ``expand``: each slot has its own row.
+PlanLayout = Literal["rank", "topk", "expand"]
+
+#: By the number that stands in the header.
+LAYOUTS: tuple[PlanLayout, ...] = ("rank", "topk", "expand")
+
+
+class Plan:
+    """Reads a packed plan; csrc/protocol/packed_plan.hpp has its form.
+
+    Args:
+        packed: 1-D contiguous int64 tensor on the CPU.
+
+    Attributes:
+        packed: the tensor.
+        layout: how columns of ``targets`` are read.
+        num_tokens, num_slots: T and W.
+        num_ranks, rank: R, and the rank whose plan this is.
+        num_local: experts of this rank (0 where a V1 handle did not carry their counts).
+        num_rows: rows of this rank's output that the plan fills or spans (expanded: alignment gaps included).
+        num_output_rows: rows of the output tensors (``num_rows``, or the worst case where counts were not synced).
+        num_recv_tokens: unique tokens received, N.
+        digest: equal on all ranks for one plan, different for different counts; guards against mixed-up handles.
+        expert_alignment: the multiple at which expanded blocks start, and to which reported counts are rounded up.
+        num_max_tokens_per_rank: M, the stride of global token indices in the metadata.
+
+    Raises:
+        EPArgumentError: the tensor is no plan.
+    """
+
+    __slots__ = (
+        "digest",
+        "expert_alignment",
+        "layout",
+        "num_local",
+        "num_max_tokens_per_rank",
+        "num_output_rows",
+        "num_ranks",
+        "num_recv_tokens",
+        "num_rows",
+        "num_slots",
+        "num_tokens",
+        "packed",
+        "rank",
+    )
+
+    def __init__(self, packed: torch.Tensor) -> None:
+        if packed.dtype != torch.int64 or packed.dim() != 1 or not packed.is_cpu or not packed.is_contiguous():
+            got = f"{packed.dtype} {list(packed.shape)} on {packed.device}"
+            raise EPArgumentError.of("handle", "the plan of a dispatch: contiguous torch.int64 [n] on the CPU", got)
+        (
+            layout,
+            self.num_tokens,
+            self.num_slots,
+            self.num_ranks,
+            self.rank,
+            self.num_local,
+            self.num_rows,
+            self.num_output_rows,
+            self.num_recv_tokens,
+            self.digest,
+            self.expert_alignment,
+            self.num_max_tokens_per_rank,
+        ) = _C.read_plan(plan=packed.data_ptr(), words=packed.numel())
+        self.layout: PlanLayout = LAYOUTS[layout]
+        self.packed = packed
+
+    @classmethod
+    def pack(
+        cls,
+        *,
+        layout: PlanLayout,
+        targets: torch.Tensor,
+        rank_prefix: torch.Tensor,
+        expert_counts: torch.Tensor,
+        rank: int,
+        num_rows: int,
+        num_output_rows: int,
+        num_recv_tokens: int,
+        digest: int,
+        expert_alignment: int,
+        num_max_tokens_per_rank: int,
+    ) -> Plan:
+        """A plan from its parts: ``targets`` [T, W], ``rank_prefix`` [R, R], ``expert_counts`` [E_local]."""
+        sizes = (*targets.shape, rank_prefix.shape[0], rank, expert_counts.numel())
+        rest = (num_rows, num_output_rows, num_recv_tokens, digest, expert_alignment, num_max_tokens_per_rank)
+        header = torch.tensor((_C.plan_magic, LAYOUTS.index(layout), *sizes, *rest), dtype=torch.int64, device="cpu")
+        counts = torch.cat([rank_prefix.flatten(), expert_counts]).to(torch.int32)
+        if counts.numel() % 2:
+            counts = torch.cat([counts, counts.new_zeros(1)])
+        return cls(torch.cat([header, counts.view(torch.int64), targets.flatten()]))
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """[T, W] int64 (W: slots, or ranks for ``rank``): -1 where a token goes nowhere, else ``destination rank << 32
+        | row in its output``, with bit 62 (``SHARED_ROW``) set on all but the last slot that shares a row: rows move
+        and are added at the last one, weights are read at every one.
+        """
+        first = self.packed.numel() - self.num_tokens * self.num_slots
+        return self.packed[first:].view(self.num_tokens, self.num_slots)
+
+    @property
+    def rank_prefix(self) -> torch.Tensor:
+        """[R, R] int32, entry [s, r]: tokens that sources 0..s send to rank r."""
+        return self._counts(0, self.num_ranks**2).view(self.num_ranks, self.num_ranks)
+
+    @property
+    def expert_counts(self) -> torch.Tensor:
+        """[E_local] int32: received slots of each local expert, not aligned."""
+        return self._counts(self.num_ranks**2, self.num_local)
+
+    def _counts(self, first: int, size: int) -> torch.Tensor:
+        return expert_counts_words(self.packed)[first : first + size]
+
+
+def expert_counts_words(packed: torch.Tensor) -> torch.Tensor:
+    """The counts of a packed plan and what follows them, as int32."""
+    return packed[_C.plan_header_words :].view(torch.int32)
+
+
+def plan_words(num_tokens: int, num_slots: int, num_ranks: int, num_local: int) -> int:
+    """Elements of a packed plan."""
+    return _C.plan_words(num_tokens=num_tokens, num_slots=num_slots, num_ranks=num_ranks, num_local=num_local)
