@@ -12,6 +12,7 @@ except ImportError as e:
         f"installed in place: `pip install -e .`, or run from another folder. ({e})"
     ) from e
 
+from .autograd import PlanHandle, combine, dispatch, plan, plan_and_dispatch
 from .buffer import Buffer
 from .config import Config
 from .elastic import ElasticBuffer
@@ -41,9 +42,14 @@ __all__ = [
     "ElasticBuffer",
     "EventHandle",
     "EventOverlap",
+    "PlanHandle",
     "Settings",
+    "combine",
+    "dispatch",
     "get_logical_domain_size",
     "get_physical_domain_size",
+    "plan",
+    "plan_and_dispatch",
     "topk_idx_t",
 ]
 

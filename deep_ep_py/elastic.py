@@ -13,9 +13,11 @@ from .engine import BackendInfo, Engine
 from .errors import EPArgumentError
 from .event import EventHandle, EventOverlap, completions
 from .handle import EPHandle
+from .registry import register
 from .requests import Requests, Tokens
 from .settings import Settings
 from .sizes import elastic_heap_bytes
+from .tickets import Flights
 
 PreviousEvent = EventHandle | EventOverlap | None
 
@@ -118,6 +120,8 @@ class ElasticBuffer:
             refused=refused,
         )
         self._requests = Requests(communicator.rank, communicator.size, self.num_max_tokens_per_rank)
+        self._flights = Flights()
+        self.number = register(self)
 
     @staticmethod
     def get_buffer_size_hint(
@@ -277,7 +281,15 @@ class ElasticBuffer:
             recv_src_metadata=got.recv_meta,
             recv_topk_idx=got.recv_topk_idx,
             has_host_counts=sync,
-            num_expanded_tokens=None if sync else self._requests.worst_rows(spec, expand=True),
+            num_expanded_tokens=None
+            if sync
+            else self._requests.worst_rows(
+                spec.placement.num_experts,
+                topk_idx.shape[1],
+                plan.expert_alignment,
+                plan.num_max_tokens_per_rank,
+                expand=True,
+            ),
         )
         return recv_x, got.recv_topk_idx, got.recv_topk_weights, new_handle, event
 

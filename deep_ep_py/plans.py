@@ -126,14 +126,9 @@ class Plan:
         return self._counts(self.num_ranks**2, self.num_local)
 
     def _counts(self, first: int, size: int) -> torch.Tensor:
-        return expert_counts_words(self.packed)[first : first + size]
-
-
-def expert_counts_words(packed: torch.Tensor) -> torch.Tensor:
-    """The counts of a packed plan and what follows them, as int32."""
-    return packed[_C.plan_header_words :].view(torch.int32)
+        return self.packed[_C.plan_header_words :].view(torch.int32)[first : first + size]
 
 
 def plan_words(num_tokens: int, num_slots: int, num_ranks: int, num_local: int) -> int:
     """Elements of a packed plan."""
-    return _C.plan_words(num_tokens=num_tokens, num_slots=num_slots, num_ranks=num_ranks, num_local=num_local)
+    return _C.plan_header_words + (num_ranks * num_ranks + num_local + 1) // 2 + num_tokens * num_slots

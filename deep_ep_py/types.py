@@ -56,6 +56,7 @@ class DispatchSpec:
         placement: where experts live; None in a cached dispatch.
         mask_weights: compact: weights of slots that the destination does not own arrive as 0.
         describe_rows: expanded: deliver ``recv_topk_idx``.
+        describe_sources: deliver ``recv_meta``.
         expert_alignment: expanded blocks start at multiples of this many rows.
         zero_padding: zero the alignment gaps.
         col_major_sf: deliver sf column-major, the leading dimension a multiple of 16 bytes (4-byte elements only).
@@ -76,6 +77,7 @@ class DispatchSpec:
     placement: ExpertPlacement | None = None
     mask_weights: bool = False
     describe_rows: bool = False
+    describe_sources: bool = True
     expert_alignment: int = 1
     zero_padding: bool = False
     col_major_sf: bool = False
@@ -93,7 +95,8 @@ class Dispatched:
         recv_topk_idx: [rows, K] int64 local expert ids, -1 elsewhere; expanded: [rows, 1] where ``describe_rows`` asked
             for it. None where cached or not given.
         recv_topk_weights: [rows, K] of the weights' dtype ([rows] where expanded), or None.
-        recv_meta: V1: [rows] int32 source token index at its source. V2: [N or worst, 2 + K] int32. None if cached.
+        recv_meta: V1: [rows] int32 source token index at its source. V2: [N or worst, 2 + K] int32. None if cached
+            or not asked for.
         plan: the plan that was followed.
     """
 

@@ -43,6 +43,12 @@ def tensor(name: str, value: Any, dtype: torch.dtype, shape: tuple[int | None, .
     return result
 
 
+def floats(name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> torch.Tensor:
+    """A contiguous CPU tensor of one of these dtypes; None in ``shape`` means any length."""
+    dtype = value.dtype if isinstance(value, torch.Tensor) and value.dtype in dtypes else dtypes[0]
+    return tensor(name, value, dtype, shape)
+
+
 def tokens(x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``x``: [T, H], or a tuple ([T, H] fp8, [T, S] scale factors)."""
     if isinstance(x, tuple | list):

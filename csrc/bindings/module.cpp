@@ -89,8 +89,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("expert_local"), py::arg("tokens_per_rank"), py::arg("tokens_per_expert"), py::arg("is_token_in_rank"));
   m.attr("plan_header_words") = static_cast<int>(kPlanHeaderWords);
   m.attr("plan_magic") = kPlanMagicValue;
-  m.def("plan_words", &plan_words, py::kw_only(), py::arg("num_tokens"), py::arg("num_slots"), py::arg("num_ranks"),
-        py::arg("num_local"));
   m.def("read_plan", &read_plan, py::kw_only(), py::arg("plan"), py::arg("words"));
   m.def("heads_of_plan", &heads_of_plan, py::kw_only(), py::arg("plan"), py::arg("send_head"));
   m.def("plan_from_heads", &plan_from_heads, py::kw_only(), py::arg("send_head"), py::arg("prefix"), py::arg("rank"),

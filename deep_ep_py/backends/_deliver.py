@@ -28,9 +28,9 @@ def allocate(spec: DispatchSpec, plan: Plan, num_ranks: int) -> Dispatched:
     if spec.topk_weights is not None:
         shape = (rows,) if expand else (rows, spec.topk_weights.shape[1])
         recv_weights = torch.zeros(shape, dtype=spec.topk_weights.dtype, device="cpu")
-    if new and plan.layout == "rank":
+    if new and spec.describe_sources and plan.layout == "rank":
         recv_meta = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
-    elif new:
+    elif new and spec.describe_sources:
         num_meta = (
             num_ranks * plan.num_max_tokens_per_rank if spec.num_worst_tokens is not None else plan.num_recv_tokens
         )
@@ -81,8 +81,8 @@ class Delivery:
         if expand:
             here = ranks[token] == to
             rows_of_slots = move(torch.where(here, target_rows(plan.targets)[token], -1))
-        if spec.plan is None:
-            self._describe(move(token[:, None]).reshape(-1), from_each, rows_of_slots)
+        if result.recv_meta is not None:
+            self._describe(result.recv_meta, move(token[:, None]).reshape(-1), from_each, rows_of_slots)
         if local is not None and result.recv_topk_idx is not None:
             move(local, result.recv_topk_idx[:num_recv])
         if spec.topk_weights is not None:
@@ -93,7 +93,7 @@ class Delivery:
             if weights is not None and result.recv_topk_weights is not None:
                 move(weights, result.recv_topk_weights[:num_recv])
             for rows, out in ((spec.sf, recv_sf), (spec.x, result.recv_x)):
-                if rows is not None and out is not None:
+                if rows is not None and out is not None and rows.shape[1] > 0:
                     move(_take(rows, token), as_bytes(out)[:num_recv])
             return
         if result.recv_topk_idx is not None:
@@ -107,14 +107,14 @@ class Delivery:
             result.recv_topk_weights[place] = move(weights)[source, slot]
             result.recv_topk_weights[gap] = 0.0
         for rows, out in ((spec.sf, recv_sf), (spec.x, result.recv_x)):
-            if rows is not None and out is not None:
+            if rows is not None and out is not None and rows.shape[1] > 0:
                 arrived = move(_take(rows, token))
                 as_bytes(out).index_copy_(0, place, arrived.index_select(0, source)).index_fill_(0, gap, 0)
 
-    def _describe(self, token: torch.Tensor, from_each: list[int], rows_of_slots: torch.Tensor | None) -> None:
+    def _describe(
+        self, meta: torch.Tensor, token: torch.Tensor, from_each: list[int], rows_of_slots: torch.Tensor | None
+    ) -> None:
         """Where received rows come from: ``recv_meta`` as types.Dispatched has it."""
-        meta = self.result.recv_meta
-        assert meta is not None
         num_recv = token.numel()
         if self.result.plan.layout == "rank":
             meta[:num_recv] = token

@@ -204,7 +204,7 @@ class ShmBackend:
         if spec.topk_weights is not None:
             shape = (rows,) if expand else (rows, num_topk)
             recv_weights = torch.empty(shape, dtype=spec.topk_weights.dtype, device="cpu")
-        if not cached:
+        if not cached and spec.describe_sources:
             if spec.layout == "rank":
                 meta_shape: tuple[int, ...] = (rows,)
             elif spec.num_worst_tokens is not None:

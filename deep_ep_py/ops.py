@@ -1,0 +1,347 @@
+"""The operators ``torch.ops.deep_ep_py.*``: plan, dispatch, combine, plan_dispatch, finish; see `autograd.py`.
+
+Arguments and results are tensors and numbers. A routing is a packed plan (`plans.py`), a buffer is its number
+(`registry.py`), an operation that was only started is its ticket (`tickets.py`). T tokens, K slots, H hidden; ``rows``
+are those that dispatch delivers. Weights are [T, K] at the token and [rows, K] (expanded: [rows]) where they arrive.
+
+dispatch and combine are each other's transpose: a row that dispatch copies to several places is summed over them, and
+weights that dispatch masks to their owner are read back from it. So each is the other's backward pass, along the same
+plan, and a started dispatch is undone by a started combine, which begins where the dispatch was waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from . import validate
+from .operators import Operator
+from .plans import Plan, plan_words
+from .registry import buffer_of
+from .types import DispatchSpec
+
+_WEIGHT_DTYPES = (torch.float32, torch.float64)
+Gradients = Sequence[torch.Tensor | None]
+
+
+class _Shape(NamedTuple):
+    """What a backward pass needs beside the plan."""
+
+    buffer: int
+    num_tokens: int
+    num_rows: int
+    hidden: int
+    dtype: torch.dtype
+    num_topk: int
+    weight_dtype: torch.dtype | None
+    expand: bool
+    background: bool
+
+    def at_rows(self, gradients: Gradients, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gradients of what dispatch delivers; zeros for what nobody used, since every rank sends the same kinds."""
+        return self._complete(gradients, like, self.num_rows, (self.num_rows,) if self.expand else None)
+
+    def at_tokens(self, gradients: Gradients, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gradients of what combine delivers."""
+        return self._complete(gradients, like, self.num_tokens, None)
+
+    def _complete(
+        self, gradients: Gradients, like: torch.Tensor, rows: int, weights: tuple[int, ...] | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x = gradients[0]
+        if x is None:
+            x = like.new_zeros((rows, self.hidden), dtype=self.dtype)
+        if self.weight_dtype is None:
+            return x, None
+        w = gradients[1]
+        return x, like.new_zeros(weights or (rows, self.num_topk), dtype=self.weight_dtype) if w is None else w
+
+
+# plan ---------------------------------------------------------------------------------------------------------------
+
+
+def _routing(
+    face: Any, rows: torch.Tensor, weights: Any, topk_idx: Any, num_experts: int, alignment: int, limit: int | None,
+    expand: bool, sync: bool,
+) -> DispatchSpec:  # fmt: skip
+    spec: DispatchSpec = face._requests.routing(
+        rows, topk_idx, weights, _WEIGHT_DTYPES, num_experts, limit, alignment, sync, expand
+    )
+    spec.mask_weights, spec.zero_padding, spec.describe_rows = not expand, expand, expand
+    spec.describe_sources = False
+    return spec
+
+
+def _plan(
+    topk_idx: torch.Tensor, buffer: int, num_experts: int, alignment: int, limit: int | None, expand: bool, sync: bool
+) -> Sequence[torch.Tensor]:
+    face = buffer_of(buffer)
+    with face._engine.refusing("dispatch"):
+        rows = validate.tensor("topk_idx", topk_idx, torch.int64, (None, None))[:, :0]  # a plan moves no bytes
+        spec = _routing(face, rows, None, topk_idx, num_experts, alignment, limit, expand, sync)
+    got, _ = face._engine.dispatch(spec, background=False, previous=())
+    return [got.plan.packed, got.recv_topk_idx, got.plan.expert_counts.clone()]
+
+
+def _plan_fake(
+    topk_idx: torch.Tensor, buffer: int, num_experts: int, alignment: int, limit: int | None, expand: bool, sync: bool
+) -> Sequence[torch.Tensor]:
+    requests = buffer_of(buffer)._requests
+    num_tokens, num_topk = topk_idx.shape
+    num_local = requests.num_local_experts(num_experts)
+    if sync:
+        num_rows: Any = torch.library.get_ctx().new_dynamic_size()
+    else:
+        num_rows = requests.worst_rows(num_experts, num_topk, alignment, limit, expand=expand)
+    return [
+        topk_idx.new_empty(plan_words(num_tokens, num_topk, requests.num_ranks, num_local)),
+        topk_idx.new_empty((num_rows, 1 if expand else num_topk)),
+        topk_idx.new_empty(num_local, dtype=torch.int32),
+    ]
+
+
+# dispatch -----------------------------------------------------------------------------------------------------------
+
+
+def _delivered(face: Any, spec: DispatchSpec, background: bool) -> tuple[Plan, torch.Tensor | None, list[torch.Tensor]]:
+    got, event = face._engine.dispatch(spec, background=background, previous=())
+    found = [got.recv_x] if got.recv_topk_weights is None else [got.recv_x, got.recv_topk_weights]
+    if got.plan.num_output_rows > got.plan.num_rows:
+        for rows in found:  # nobody writes there; a gradient that sums over rows must find nothing
+            rows[got.plan.num_rows :] = 0
+    return got.plan, got.recv_topk_idx, [face._flights.start(found, event)] if background else found
+
+
+def _dispatch(
+    x: torch.Tensor, weights: torch.Tensor | None, packed: torch.Tensor, buffer: int, num_rows: int, expand: bool,
+    background: bool,
+) -> Sequence[torch.Tensor]:  # fmt: skip
+    face = buffer_of(buffer)
+    with face._engine.refusing("dispatch"):
+        plan = face._requests.check_plan(Plan(packed))
+        rows, _ = validate.tokens(x)
+        spec = face._requests.dispatch_along(plan, rows, weights, _WEIGHT_DTYPES, fixed=True)
+        spec.mask_weights, spec.zero_padding = not expand, expand
+    return _delivered(face, spec, background)[2]
+
+
+def _dispatch_fake(
+    x: torch.Tensor, weights: torch.Tensor | None, packed: torch.Tensor, buffer: int, num_rows: int, expand: bool,
+    background: bool,
+) -> Sequence[torch.Tensor]:  # fmt: skip
+    if background:
+        return [x.new_empty(1, dtype=torch.float64)]
+    found = [x.new_empty((num_rows, x.shape[1]))]
+    if weights is not None:
+        found.append(weights.new_empty((num_rows,) if expand else (num_rows, weights.shape[1])))
+    return found
+
+
+def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weights, packed, buffer, num_rows, expand, background = inputs
+    ctx.save_for_backward(packed)
+    ctx.shape = _shape_of_tokens(x, weights, buffer, num_rows, expand, background)
+
+
+def _shape_of_tokens(
+    x: torch.Tensor, weights: torch.Tensor | None, buffer: int, num_rows: int, expand: bool, background: bool
+) -> _Shape:
+    columns, dtype = (0, None) if weights is None else (weights.shape[1], weights.dtype)
+    return _Shape(buffer, x.shape[0], num_rows, x.shape[1], x.dtype, columns, dtype, expand, background)
+
+
+def _undo_dispatch(ctx: Any, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of x and of the weights."""
+    (packed,), s = ctx.saved_tensors, ctx.shape
+    if s.background:
+        found = finish(
+            gradients[0], packed, None, None, s.buffer, False, s.expand, s.num_tokens, s.num_rows, s.hidden, s.dtype,
+            s.num_topk, s.weight_dtype,
+        )  # fmt: skip
+    else:
+        x, weights = s.at_rows(gradients, packed)
+        found = combine(x, weights, packed, None, None, s.buffer, s.num_tokens, s.num_topk, s.expand, False)
+    return found[0], None if s.weight_dtype is None else found[1]
+
+
+def _dispatch_backward(ctx: Any, gradients: Gradients) -> Any:
+    return *_undo_dispatch(ctx, gradients), None, None, None, None, None
+
+
+# plan and dispatch in one rendezvous --------------------------------------------------------------------------------
+
+
+def _plan_dispatch(
+    x: torch.Tensor, weights: torch.Tensor | None, topk_idx: torch.Tensor, buffer: int, num_experts: int,
+    alignment: int, limit: int | None, expand: bool, sync: bool, background: bool,
+) -> Sequence[torch.Tensor]:  # fmt: skip
+    face = buffer_of(buffer)
+    with face._engine.refusing("dispatch"):
+        rows, _ = validate.tokens(x)
+        spec = _routing(face, rows, weights, topk_idx, num_experts, alignment, limit, expand, sync)
+    plan, recv_topk_idx, found = _delivered(face, spec, background)
+    assert recv_topk_idx is not None
+    return [plan.packed, recv_topk_idx, plan.expert_counts.clone(), *found]
+
+
+def _plan_dispatch_fake(
+    x: torch.Tensor, weights: torch.Tensor | None, topk_idx: torch.Tensor, buffer: int, num_experts: int,
+    alignment: int, limit: int | None, expand: bool, sync: bool, background: bool,
+) -> Sequence[torch.Tensor]:  # fmt: skip
+    plan = _plan_fake(topk_idx, buffer, num_experts, alignment, limit, expand, sync)
+    return [*plan, *_dispatch_fake(x, weights, plan[0], buffer, plan[1].shape[0], expand, background)]
+
+
+def _save_plan_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weights, _, buffer, _, _, _, expand, _, background = inputs
+    ctx.save_for_backward(output[0])
+    ctx.shape = _shape_of_tokens(x, weights, buffer, output[1].shape[0], expand, background)
+
+
+def _plan_dispatch_backward(ctx: Any, gradients: Gradients) -> Any:
+    return *_undo_dispatch(ctx, gradients[3:]), None, None, None, None, None, None, None, None
+
+
+# combine ------------------------------------------------------------------------------------------------------------
+
+
+def _combine(
+    y: torch.Tensor, weights: torch.Tensor | None, packed: torch.Tensor, bias0: torch.Tensor | None,
+    bias1: torch.Tensor | None, buffer: int, num_tokens: int, num_topk: int, expand: bool, background: bool,
+) -> Sequence[torch.Tensor]:  # fmt: skip
+    face = buffer_of(buffer)
+    with face._engine.refusing("combine"):
+        plan = face._requests.check_plan(Plan(packed))
+        bias = tuple(b for b in (bias0, bias1) if b is not None) or None
+        spec = face._requests.combine_along(plan, y, weights, _WEIGHT_DTYPES, bias, face.allow_multiple_reduction)
+    got, event = face._engine.combine(spec, background=background, previous=())
+    found = [got.combined_x] if got.combined_topk_weights is None else [got.combined_x, got.combined_topk_weights]
+    return [face._flights.start(found, event)] if background else found
+
+
+def _combine_fake(
+    y: torch.Tensor, weights: torch.Tensor | None, packed: torch.Tensor, bias0: torch.Tensor | None,
+    bias1: torch.Tensor | None, buffer: int, num_tokens: int, num_topk: int, expand: bool, background: bool,
+) -> Sequence[torch.Tensor]:  # fmt: skip
+    if background:
+        return [y.new_empty(1, dtype=torch.float64)]
+    found = [y.new_empty((num_tokens, y.shape[1]))]
+    return found if weights is None else [*found, weights.new_empty((num_tokens, num_topk))]
+
+
+def _save_combine(ctx: Any, inputs: Any, output: Any) -> None:
+    y, weights, packed, bias0, bias1, buffer, num_tokens, num_topk, expand, background = inputs
+    ctx.save_for_backward(packed)
+    dtype = None if weights is None else weights.dtype
+    ctx.shape = _Shape(buffer, num_tokens, y.shape[0], y.shape[1], y.dtype, num_topk, dtype, expand, background)
+    ctx.num_bias = (bias0 is not None) + (bias1 is not None)
+
+
+def _combine_backward(ctx: Any, gradients: Gradients) -> Any:
+    (packed,), s = ctx.saved_tensors, ctx.shape
+    bias: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    if s.background:  # the gradients of the biases are known, and returned, where the combine was waited for
+        found = finish(
+            gradients[0], packed, None, None, s.buffer, True, s.expand, s.num_rows, s.num_tokens, s.hidden, s.dtype,
+            s.num_topk, s.weight_dtype,
+        )  # fmt: skip
+    else:
+        x, weights = s.at_tokens(gradients, packed)
+        found = dispatch(x, weights, packed, s.buffer, s.num_rows, s.expand, False)
+        bias = _bias_gradients(x, ctx.num_bias)
+    return found[0], None if s.weight_dtype is None else found[1], None, *bias, None, None, None, None, None
+
+
+def _bias_gradients(x: torch.Tensor, num_bias: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return x if num_bias > 0 else None, x if num_bias > 1 else None
+
+
+# finish -------------------------------------------------------------------------------------------------------------
+
+
+def _finish(
+    ticket: torch.Tensor, packed: torch.Tensor, bias0: torch.Tensor | None, bias1: torch.Tensor | None, buffer: int,
+    of_dispatch: bool, expand: bool, rows: int, rows_before: int, hidden: int, dtype: torch.dtype, num_topk: int,
+    weight_dtype: torch.dtype | None,
+) -> Sequence[torch.Tensor]:  # fmt: skip
+    found: Sequence[torch.Tensor] = buffer_of(buffer)._flights.finish(ticket)
+    return found
+
+
+def _finish_fake(
+    ticket: torch.Tensor, packed: torch.Tensor, bias0: torch.Tensor | None, bias1: torch.Tensor | None, buffer: int,
+    of_dispatch: bool, expand: bool, rows: int, rows_before: int, hidden: int, dtype: torch.dtype, num_topk: int,
+    weight_dtype: torch.dtype | None,
+) -> Sequence[torch.Tensor]:  # fmt: skip
+    found = [ticket.new_empty((rows, hidden), dtype=dtype)]
+    if weight_dtype is not None:
+        shape = (rows,) if of_dispatch and expand else (rows, num_topk)
+        found.append(ticket.new_empty(shape, dtype=weight_dtype))
+    return found
+
+
+def _save_finish(ctx: Any, inputs: Any, output: Any) -> None:
+    _, packed, bias0, bias1, buffer, of_dispatch, expand, rows, before, hidden, dtype, num_topk, weight_dtype = inputs
+    ctx.save_for_backward(packed)
+    num_tokens, num_rows = (before, rows) if of_dispatch else (rows, before)
+    ctx.shape = _Shape(buffer, num_tokens, num_rows, hidden, dtype, num_topk, weight_dtype, expand, True)
+    ctx.of_dispatch = of_dispatch
+    ctx.num_bias = (bias0 is not None) + (bias1 is not None)
+
+
+def _finish_backward(ctx: Any, gradients: Gradients) -> Any:
+    (packed,), s = ctx.saved_tensors, ctx.shape
+    bias: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    if ctx.of_dispatch:
+        x, weights = s.at_rows(gradients, packed)
+        (ticket,) = combine(x, weights, packed, None, None, s.buffer, s.num_tokens, s.num_topk, s.expand, True)
+    else:
+        x, weights = s.at_tokens(gradients, packed)
+        (ticket,) = dispatch(x, weights, packed, s.buffer, s.num_rows, s.expand, True)
+        bias = _bias_gradients(x, ctx.num_bias)
+    return ticket, None, *bias, None, None, None, None, None, None, None, None, None
+
+
+plan = Operator(
+    "plan",
+    "(Tensor topk_idx, int buffer, int num_experts, int alignment, int? limit, bool expand, bool sync)",
+    _plan,
+    _plan_fake,
+)
+dispatch = Operator(
+    "dispatch",
+    "(Tensor x, Tensor? weights, Tensor packed, int buffer, SymInt num_rows, bool expand, bool background)",
+    _dispatch,
+    _dispatch_fake,
+    _save_dispatch,
+    _dispatch_backward,
+)
+plan_dispatch = Operator(
+    "plan_dispatch",
+    "(Tensor x, Tensor? weights, Tensor topk_idx, int buffer, int num_experts, int alignment, int? limit, bool expand, "
+    "bool sync, bool background)",
+    _plan_dispatch,
+    _plan_dispatch_fake,
+    _save_plan_dispatch,
+    _plan_dispatch_backward,
+)
+combine = Operator(
+    "combine",
+    "(Tensor y, Tensor? weights, Tensor packed, Tensor? bias0, Tensor? bias1, int buffer, SymInt num_tokens, "
+    "SymInt num_topk, bool expand, bool background)",
+    _combine,
+    _combine_fake,
+    _save_combine,
+    _combine_backward,
+)
+finish = Operator(
+    "finish",
+    "(Tensor ticket, Tensor packed, Tensor? bias0, Tensor? bias1, int buffer, bool of_dispatch, bool expand, "
+    "SymInt rows, SymInt rows_before, SymInt hidden, ScalarType dtype, SymInt num_topk, ScalarType? weight_dtype)",
+    _finish,
+    _finish_fake,
+    _save_finish,
+    _finish_backward,
+)
