@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import doctor
+from . import doctor, run
 
 #: One entry a command: its name, its line of help, what adds its arguments, what runs it and returns the exit status.
 COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[Any], int]], ...] = (
     ("doctor", "what this machine can run, what not and why, with the remedy", doctor.add_arguments, doctor.run),
+    ("run", "a program as Python runs it, with `deep_ep` being this library", run.add_arguments, run.run),
 )
 
 
@@ -19,10 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; usage errors leave with status 2, as argparse does."""
     parser = argparse.ArgumentParser(prog="python -m deep_ep_py", description="Expert-parallel dispatch and combine.")
     commands = parser.add_subparsers(title="commands", metavar="<command>")
-    for name, summary, add_arguments, run in COMMANDS:
+    for name, summary, add_arguments, function in COMMANDS:
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         add_arguments(command)
-        command.set_defaults(run=run)
+        command.set_defaults(run=function)
     options = parser.parse_args(arguments)
     if not hasattr(options, "run"):
         parser.print_help()
