@@ -1,0 +1,123 @@
+"""A whole expert-parallel Mixture-of-Experts layer: the worked example of the differentiable ops."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..autograd import combine, dispatch, plan, plan_and_dispatch
+from ..communicator import thread_world
+from ..elastic import ElasticBuffer
+from .experts import GroupedExperts, SharedExpert
+from .router import Router, RouterConfig
+
+
+class MoEOutput(NamedTuple):
+    """What the layer returns.
+
+    Attributes:
+        output: [*, H] of the input's dtype (under autocast: of autocast's).
+        aux_loss: scalar float32, the router's weighted auxiliary losses of this rank's tokens: add it to the loss. 0
+            without any.
+        num_tokens_per_expert: [E] int64, the load that this rank's tokens put on each expert, for
+            ``layer.router.update_expert_bias`` and for plots.
+    """
+
+    output: torch.Tensor
+    aux_loss: torch.Tensor
+    num_tokens_per_expert: torch.Tensor
+
+
+class MoELayer(nn.Module):
+    """Router, dispatch, experts, combine; the experts are spread over the ranks of a buffer, the rest is on each rank.
+
+    A forward pass is collective over the buffer's group (all ranks, same order of layers, also with zero tokens), and
+    so is its backward pass. It changes nothing in the module: what training needs beside the output is returned. So the
+    layer composes with ``torch.compile(fullgraph=True)`` and with activation checkpointing.
+
+    Gradients: those of the experts are sums over the tokens of all ranks; those of the router and the shared expert
+    are of this rank's tokens, to be summed over ranks. Where the loss is a mean over all ranks' tokens, and every rank
+    holds the mean over its own, divide both sums by R. A parameter whose expert got no token has a gradient of zeros.
+
+    Args:
+        hidden: H. width: inner width of an expert. num_experts: E, over all ranks. num_topk: K.
+        buffer: whose ranks hold the experts; layers may share one. None: an own one of a single rank, this process.
+        router: how to score and choose; None is ``RouterConfig()``.
+        shared_width: inner width of an expert that all tokens pass, as DeepSeekMoE has it (arXiv 2401.06066); 0: none.
+        expert_alignment: rows of an expert start at a multiple of it, zeros between. Grouped kernels of GPUs want 8
+            for 16-bit rows; on CPUs it only adds rows.
+        overlap_shared: compute the shared expert while rows travel, and its backward pass while gradients do.
+        separate_plan: plan, then dispatch, instead of both in one rendezvous: for selective activation checkpointing
+            that saves what ``torch.ops.deep_ep_py.plan.default`` returns, so that recomputation exchanges no counts.
+        device, dtype: of the parameters; the router is float32 in any case.
+
+    Raises:
+        EPArgumentError: as RouterConfig and Router.
+
+    Example::
+
+        layer = MoELayer(1024, 512, 64, 6, buffer, router=RouterConfig.deepseek_v3(), shared_width=512)
+        y, aux_loss, load = layer(x)
+        (loss(y) + aux_loss).backward()
+        optimizer.step()
+        layer.router.update_expert_bias(load, group=group)
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        width: int,
+        num_experts: int,
+        num_topk: int,
+        buffer: ElasticBuffer | None = None,
+        *,
+        router: RouterConfig | None = None,
+        shared_width: int = 0,
+        expert_alignment: int = 1,
+        overlap_shared: bool = True,
+        separate_plan: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.buffer = buffer if buffer is not None else ElasticBuffer(thread_world(1)[0], hidden=hidden)
+        self.expert_alignment, self.overlap_shared, self.separate_plan = expert_alignment, overlap_shared, separate_plan
+        rank, num_ranks = self.buffer.rank_idx, self.buffer.num_ranks
+        self.router = Router(hidden, num_experts, num_topk, router, device=device)
+        self.experts = GroupedExperts(hidden, width, num_experts, rank, num_ranks, device=device, dtype=dtype)
+        self.shared = SharedExpert(hidden, shared_width, device=device, dtype=dtype) if shared_width else None
+
+    def forward(self, x: torch.Tensor) -> MoEOutput:
+        """The layer over this rank's tokens x [*, S, H] (S: length of a sequence, where a loss is taken over them)."""
+        topk_idx, topk_weights, aux_loss, load = self.router(x)
+        tokens = x.reshape(-1, x.shape[-1])
+        if torch.is_autocast_enabled(x.device.type):
+            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
+
+        num_experts, alignment = self.router.num_experts, self.expert_alignment
+        overlap: Any = self.shared is not None and self.overlap_shared
+        # Expanded: one row per token and slot, sorted by expert, so that nothing is left to permute.
+        if self.separate_plan:
+            handle = plan(topk_idx, self.buffer, num_experts, expand=True, expert_alignment=alignment)
+            arriving = dispatch(tokens, topk_weights, handle, async_finish=overlap)
+        else:
+            arriving = plan_and_dispatch(
+                tokens,
+                topk_idx,
+                topk_weights,
+                self.buffer,
+                num_experts,
+                expand=True,
+                expert_alignment=alignment,
+                async_finish=overlap,
+            )
+        shared = self.shared(tokens) if self.shared is not None else None
+        received = arriving.wait() if overlap else arriving
+        recv_x, row_weights, handle = (*received, handle) if self.separate_plan else received
+
+        y = self.experts(recv_x, handle.expert_offsets, row_weights)
+        # As a bias: the shared expert's output starts the sum, which is rounded once.
+        output = combine(y, handle, bias=shared)
+        return MoEOutput(output.reshape(x.shape), aux_loss, load)
