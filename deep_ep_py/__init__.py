@@ -12,6 +12,7 @@ except ImportError as e:
         f"installed in place: `pip install -e .`, or run from another folder. ({e})"
     ) from e
 
+from . import nn, utils
 from .autograd import PlanHandle, combine, dispatch, plan, plan_and_dispatch
 from .buffer import Buffer
 from .config import Config
@@ -48,9 +49,11 @@ __all__ = [
     "dispatch",
     "get_logical_domain_size",
     "get_physical_domain_size",
+    "nn",
     "plan",
     "plan_and_dispatch",
     "topk_idx_t",
+    "utils",
 ]
 
 

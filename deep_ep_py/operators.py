@@ -24,8 +24,6 @@ class Operator:
         save: ``save(ctx, inputs, outputs)``, and backward: ``backward(ctx, gradients of the outputs) -> those of the
             inputs``; None: not differentiable.
 
-    Operators are ordered among each other in compiled programs: ranks must run them in one order.
-
     In an eager call without modes in between, the kernel or an autograd function made of the same parts is called
     directly: passing the dispatcher costs as much as the rest of a small call (docs/architecture.md has figures).
     """
@@ -49,7 +47,6 @@ class Operator:
             torch.library.register_autograd(qualified, backward, setup_context=save, lib=_library)
             self._function = _function(name, kernel, save, backward)
         self._operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-        _keep_order(self._operator)
 
     def __call__(self, first: torch.Tensor | None, *rest: Any) -> Sequence[torch.Tensor]:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(first) not in _PLAIN:
@@ -67,16 +64,14 @@ def _requires_grad(*arguments: Any) -> bool:
 
 
 def _function(name: str, kernel: Kernel, save: Any, backward: Any) -> Any:
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        # Not as `setup_context`: with one, torch inspects the signature of `forward` in every call.
+        found = tuple(kernel(*arguments))
+        save(ctx, arguments, found)
+        return found
+
     parts = {
-        "forward": staticmethod(lambda *arguments: tuple(kernel(*arguments))),
-        "setup_context": staticmethod(save),
+        "forward": staticmethod(forward),
         "backward": staticmethod(lambda ctx, *gradients: backward(ctx, gradients)),
     }
     return type(name, (torch.autograd.Function,), parts)
-
-
-def _keep_order(operator: Any) -> None:
-    """Tell compilers that these operators have effects: they are not reordered, merged or dropped."""
-    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
-
-    _register_effectful_op(operator, _EffectType.ORDERED)

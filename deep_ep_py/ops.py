@@ -7,6 +7,9 @@ are those that dispatch delivers. Weights are [T, K] at the token and [rows, K] 
 dispatch and combine are each other's transpose: a row that dispatch copies to several places is summed over them, and
 weights that dispatch masks to their owner are read back from it. So each is the other's backward pass, along the same
 plan, and a started dispatch is undone by a started combine, which begins where the dispatch was waited for.
+
+A backward pass keeps its plan in an attribute, not among the saved tensors: those a checkpointed region recomputes, and
+for the plan of a combine it would have to run the combine again.
 """
 
 from __future__ import annotations
@@ -141,7 +144,7 @@ def _dispatch_fake(
 
 def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
     x, weights, packed, buffer, num_rows, expand, background = inputs
-    ctx.save_for_backward(packed)
+    ctx.packed = packed
     ctx.shape = _shape_of_tokens(x, weights, buffer, num_rows, expand, background)
 
 
@@ -154,7 +157,7 @@ def _shape_of_tokens(
 
 def _undo_dispatch(ctx: Any, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of x and of the weights."""
-    (packed,), s = ctx.saved_tensors, ctx.shape
+    packed, s = ctx.packed, ctx.shape
     if s.background:
         found = finish(
             gradients[0], packed, None, None, s.buffer, False, s.expand, s.num_tokens, s.num_rows, s.hidden, s.dtype,
@@ -196,7 +199,7 @@ def _plan_dispatch_fake(
 
 def _save_plan_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
     x, weights, _, buffer, _, _, _, expand, _, background = inputs
-    ctx.save_for_backward(output[0])
+    ctx.packed = output[0]
     ctx.shape = _shape_of_tokens(x, weights, buffer, output[1].shape[0], expand, background)
 
 
@@ -233,14 +236,14 @@ def _combine_fake(
 
 def _save_combine(ctx: Any, inputs: Any, output: Any) -> None:
     y, weights, packed, bias0, bias1, buffer, num_tokens, num_topk, expand, background = inputs
-    ctx.save_for_backward(packed)
+    ctx.packed = packed
     dtype = None if weights is None else weights.dtype
     ctx.shape = _Shape(buffer, num_tokens, y.shape[0], y.shape[1], y.dtype, num_topk, dtype, expand, background)
     ctx.num_bias = (bias0 is not None) + (bias1 is not None)
 
 
 def _combine_backward(ctx: Any, gradients: Gradients) -> Any:
-    (packed,), s = ctx.saved_tensors, ctx.shape
+    packed, s = ctx.packed, ctx.shape
     bias: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if s.background:  # the gradients of the biases are known, and returned, where the combine was waited for
         found = finish(
@@ -284,7 +287,7 @@ def _finish_fake(
 
 def _save_finish(ctx: Any, inputs: Any, output: Any) -> None:
     _, packed, bias0, bias1, buffer, of_dispatch, expand, rows, before, hidden, dtype, num_topk, weight_dtype = inputs
-    ctx.save_for_backward(packed)
+    ctx.packed = packed
     num_tokens, num_rows = (before, rows) if of_dispatch else (rows, before)
     ctx.shape = _Shape(buffer, num_tokens, num_rows, hidden, dtype, num_topk, weight_dtype, expand, True)
     ctx.of_dispatch = of_dispatch
@@ -292,7 +295,7 @@ def _save_finish(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _finish_backward(ctx: Any, gradients: Gradients) -> Any:
-    (packed,), s = ctx.saved_tensors, ctx.shape
+    packed, s = ctx.packed, ctx.shape
     bias: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if ctx.of_dispatch:
         x, weights = s.at_rows(gradients, packed)

@@ -187,8 +187,8 @@ class Requests:
         return self.check_plan(handle._plan)
 
     def num_local_experts(self, num_experts: int) -> int:
-        """Experts of this rank."""
-        return self._placement(num_experts).num_local[self._rank]
+        """Experts of this rank. No tables are built: fake kernels ask for it, in whose mode tensors have no data."""
+        return ExpertPlacement.contiguous_shares(num_experts, self.num_ranks)[self._rank]
 
     def worst_rows(
         self, num_experts: int, num_topk: int, alignment: int, num_max_tokens_per_rank: int | None, *, expand: bool

@@ -10,6 +10,7 @@ from .plans import Plan, PlanLayout
 
 topk_idx_t = torch.int64
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertPlacement:
     """Where each expert lives. Tables, not arithmetic: nothing divides by "experts per rank".
@@ -28,11 +29,16 @@ class ExpertPlacement:
     def num_experts(self) -> int:
         return self.rank.numel()
 
+    @staticmethod
+    def contiguous_shares(num_experts: int, num_ranks: int) -> tuple[int, ...]:
+        """``num_local`` of :meth:`contiguous`."""
+        share, more = divmod(num_experts, num_ranks)
+        return tuple(share + (r < more) for r in range(num_ranks))
+
     @classmethod
     def contiguous(cls, num_experts: int, num_ranks: int) -> ExpertPlacement:
         """Experts in order over ranks; the first ``num_experts % num_ranks`` ranks own one more."""
-        share, more = divmod(num_experts, num_ranks)
-        num_local = tuple(share + (r < more) for r in range(num_ranks))
+        num_local = cls.contiguous_shares(num_experts, num_ranks)
         rank = [r for r in range(num_ranks) for _ in range(num_local[r])]
         local = [i for n in num_local for i in range(n)]
         as_int32 = {"dtype": torch.int32, "device": "cpu"}

@@ -13,6 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+#: What a server of forks imports once, so that a rank costs tenths of a second and not the seconds of torch.
+PRELOAD = ("torch", "torch.distributed", "deep_ep_py", "deep_ep_py.testing")
 #: After one rank failed, how many seconds the others may take before they are left behind (threads) or killed.
 GRACE_SECONDS = 2.0
 
@@ -76,12 +78,13 @@ def run_processes(num_ranks: int, fn: Callable[..., Any], *args: Any, timeout_se
     """Call ``fn(group, *args)`` in one new process per rank, ``group`` being a gloo world; return the results by rank.
 
     ``fn`` is importable by name in a new interpreter; arguments and results are pickled (no fp8 tensors: send bytes).
+    Each rank is an interpreter of its own ("spawn"), unless the program chose the start method "forkserver".
 
     Raises:
         WorldError: with the failed rank's traceback, or naming the ranks that died or did not finish. No process is
             left behind in either case.
     """
-    context = multiprocessing.get_context("spawn")
+    context = process_context(multiprocessing.get_start_method(allow_none=True) or "spawn")
     with tempfile.TemporaryDirectory() as folder:
         ended = context.SimpleQueue()
         workers = [
@@ -101,6 +104,15 @@ def run_processes(num_ranks: int, fn: Callable[..., Any], *args: Any, timeout_se
                     if worker.is_alive():
                         worker.kill()
                         worker.join()
+
+
+def process_context(method: str) -> Any:
+    """How ranks are started. "fork" is none of the ways: this process may have threads, and buffers."""
+    if method != "forkserver":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    return context
 
 
 def _worker(

@@ -1,0 +1,196 @@
+"""What the ops refuse: on every rank, by name, and the buffer goes on."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from autograd_world import Routing, threads
+
+import deep_ep_py as ep
+
+ROUTING = Routing((3, 2, 4), num_experts=6, hidden=4)
+
+
+def works(rank, buffer):
+    x = ROUTING.floats(rank, 1, 4).requires_grad_()
+    rows, _, plan = ep.plan_and_dispatch(x, ROUTING.topk_idx(rank), None, buffer, 6)
+    ep.combine(rows, plan).sum().backward()
+    assert x.grad is not None
+
+
+def refused(rank, buffer, at, call, bad, match):
+    """``call(bad)`` on rank ``at``, ``call(None)`` elsewhere: all raise, and the buffer works afterwards."""
+    with pytest.raises(ep.EPArgumentError, match=match) as error:
+        call(bad if rank == at else None)
+    if rank != at:
+        assert error.value.ranks == (at,)
+    works(rank, buffer)
+
+
+@pytest.mark.parametrize("backend", ["shm", "collective"])
+def test_wrong_shapes_dtypes_and_values(backend):
+    def body(rank, buffer):
+        idx = ROUTING.topk_idx(rank)
+        x = ROUTING.floats(rank, 1, 4)
+        n = len(x)
+        plan = ep.plan(idx, buffer, 6)
+
+        def go(name, match):
+            def call(bad):
+                given = {
+                    "topk_idx": idx,
+                    "x": x,
+                    "topk_weights": None,
+                    "y": torch.zeros(plan.num_rows, 4).double(),
+                    "bias": None,
+                }
+                if bad is not None:
+                    given[name] = bad
+                if name == "topk_idx":
+                    ep.plan(given["topk_idx"], buffer, 6)
+                elif name in ("x", "topk_weights"):
+                    ep.dispatch(given["x"], given["topk_weights"], plan)
+                else:
+                    ep.combine(given["y"], plan, bias=given["bias"])
+
+            return lambda bad: refused(rank, buffer, 1, call, bad, match)
+
+        go("topk_idx", "topk_idx: expected torch.int64")(idx.int())
+        go("topk_idx", r"topk_idx(\[0, .\])?: expected .*, got 6")(torch.full_like(idx, 6))
+        go("x", f"x: expected {ROUTING.num_tokens[1]} tokens")(torch.zeros(n + 1, 4).double())
+        go("x", "x: expected a tensor of two dimensions")(torch.zeros(n, 2, 2).double())
+        go("topk_weights", "topk_weights: expected torch.float32")(torch.zeros(n, 3))
+        go("topk_weights", "topk_weights: expected torch.float32")(torch.zeros(n, 2, dtype=torch.int32))
+        go("y", "x: expected .* rows, as dispatch delivered")(torch.zeros(plan.num_rows + 1, 4).double())
+        go("y", "x: expected one of")(torch.zeros(plan.num_rows, 4, dtype=torch.int32))
+        go("bias", "bias: expected torch.float64")(torch.zeros(n + 1, 4).double())
+
+    threads(ROUTING, body, backend=backend)
+
+
+def test_a_handle_that_is_none():
+    def body(rank, buffer):
+        plan = ep.plan(ROUTING.topk_idx(rank), buffer, 6)
+        x = ROUTING.floats(rank, 1, 4)
+        short = plan._replace(packed=plan.packed[:-1].contiguous())
+        garbage = plan._replace(packed=torch.arange(40))
+        halves = plan._replace(packed=plan.packed.to(torch.int32))
+        for bad, match in (
+            (short, "its header tells of"),
+            (garbage, "does not begin"),
+            (halves, "contiguous torch.int64"),
+        ):
+            refused(rank, buffer, 2, lambda b: ep.dispatch(x, None, b or plan), bad, match)
+        with pytest.raises(ep.EPArgumentError, match="handle: expected the PlanHandle of deep_ep_py.plan, got tuple"):
+            ep.dispatch(x, None, (1, 2))
+        with pytest.raises(ep.EPArgumentError, match="buffer: expected an ElasticBuffer, got str"):
+            ep.plan(ROUTING.topk_idx(rank), "buffer", 6)
+        with pytest.raises(ep.EPArgumentError, match="bias: expected None, a tensor or a pair"):
+            ep.combine(x, plan, bias=(x, x, x))
+        works(rank, buffer)
+
+    threads(ROUTING, body)
+
+
+@pytest.mark.parametrize("backend", ["shm", "collective"])
+def test_handles_of_other_ranks_buffers_and_plans(backend):
+    plans = {}
+
+    def plan_only(rank, buffer):
+        plans[buffer.num_ranks, rank] = ep.plan(ROUTING.topk_idx(rank), buffer, 6)
+
+    threads(Routing((3, 2), num_experts=6), plan_only, backend=backend)
+
+    def body(rank, buffer):
+        x = ROUTING.floats(rank, 1, 4)
+        mine = ep.plan(ROUTING.topk_idx(rank), buffer, 6)
+        plans[3, rank] = mine
+        buffer.barrier()
+        # Made for another number of ranks; its own buffer is gone by now.
+        other = plans[2, rank % 2]
+        with pytest.raises(
+            ep.EPArgumentError, match=r"handle: expected one made by rank . of 3, got one of rank . of 2"
+        ):
+            ep.dispatch(x, None, other, buffer=buffer)
+        works(rank, buffer)
+        # A peer's.
+        refused(
+            rank, buffer, 0, lambda b: ep.dispatch(x, None, b or mine, buffer=buffer), plans[3, 1], "of rank 1 of 3"
+        )
+        # Ranks use different plans.
+        again = ep.plan(ROUTING.topk_idx(rank), buffer, 6)
+        with pytest.raises(ep.EPMismatchError, match="handle"):
+            ep.dispatch(x, None, again if rank == 1 else mine)
+        works(rank, buffer)
+
+    threads(ROUTING, body, backend=backend)
+
+
+def test_another_buffer_over_the_same_ranks():
+    """A buffer may be replaced before the backward pass; the plan goes on with the new one."""
+
+    def body(rank, buffer):
+        x = ROUTING.floats(rank, 1, 4).requires_grad_()
+        plan = ep.plan(ROUTING.topk_idx(rank), buffer, 6)
+        second = ep.ElasticBuffer(buffer.group, num_max_tokens_per_rank=4)
+        rows, _ = ep.dispatch(x, None, plan, buffer=second)
+        ep.combine(rows, plan, buffer=second).sum().backward()
+        assert x.grad is not None
+
+    threads(ROUTING, body)
+
+
+def test_a_buffer_that_is_gone():
+    def body(rank, buffer):
+        x = ROUTING.floats(rank, 1, 4).requires_grad_()
+        group = buffer.group
+        short_lived = ep.ElasticBuffer(group, num_max_tokens_per_rank=4)
+        rows, _, plan = ep.plan_and_dispatch(x, ROUTING.topk_idx(rank), None, short_lived, 6)
+        short_lived.destroy()
+        with pytest.raises(ep.EPError, match="destroyed|closed"):
+            ep.dispatch(x, None, plan)
+        del short_lived
+        gc.collect()
+        with pytest.raises(ep.EPArgumentError, match="one whose buffer is gone"):
+            ep.dispatch(x, None, plan)
+        with pytest.raises(ep.EPArgumentError, match="one whose buffer is gone"):
+            rows.sum().backward()
+
+    threads(ROUTING, body)
+
+
+def test_waiting_twice_or_for_nothing():
+    def body(rank, buffer):
+        x = ROUTING.floats(rank, 1, 4).requires_grad_()
+        plan = ep.plan(ROUTING.topk_idx(rank), buffer, 6)
+        pending = ep.dispatch(x, None, plan, async_finish=True)
+        stray = pending._replace(ticket=torch.zeros(1, dtype=torch.float64))
+        with pytest.raises(ep.EPArgumentError, match="ticket: expected that of an operation of this buffer"):
+            stray.wait()
+        rows, _ = pending.wait()
+        same, _ = pending.wait()
+        assert torch.equal(rows, same)
+        # Both in one graph: the gradients would have to travel twice, in a ticket that holds one.
+        with pytest.raises(ep.EPArgumentError, match="ticket: .*waited for once"):
+            (rows.sum() + same.sum()).backward()
+        buffer.barrier()
+        works(rank, buffer)
+
+    threads(ROUTING, body)
+
+
+def test_a_dropped_operation_holds_nothing():
+    """An operation that nobody waits for (a recomputation that stopped early) gives its memory back."""
+
+    def body(rank, buffer):
+        x = torch.zeros(ROUTING.num_tokens[rank], 1 << 16)
+        plan = ep.plan(ROUTING.topk_idx(rank), buffer, 6)
+        for _ in range(20):
+            ep.dispatch(x, None, plan, async_finish=True)
+            buffer.barrier()
+        return buffer.statistics().held_bytes, x.numel() * 4
+
+    for held, one in threads(ROUTING, body):
+        assert held < 6 * one
