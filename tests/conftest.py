@@ -1,5 +1,6 @@
 """Every test that takes ``backend`` runs on every backend of the table."""
 
+import multiprocessing
 import os
 
 import pytest
@@ -9,6 +10,9 @@ from deep_ep_py.testing import BACKENDS
 
 # A rank that fails must not make its peers wait for the default of minutes. Children inherit it.
 os.environ.setdefault("DEEP_EP_PY_TIMEOUT_SECONDS", "30")
+
+# Worlds of processes are forked from a server that has torch loaded. It is started by the first of them.
+multiprocessing.set_start_method("forkserver", force=True)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from deep_ep_py.communicator import communicator_of, thread_world
 from deep_ep_py.errors import EPArgumentError, EPError, EPMismatchError, EPPeerError, EPTimeoutError
 from deep_ep_py.settings import Settings
 from deep_ep_py.testing import run_processes
+from deep_ep_py.testing.worlds import process_context
 from deep_ep_py.types import CombineSpec, ExpertPlacement
 
 # Refusals: all ranks raise, nothing has moved, the buffer goes on ----------------------------------------------------
@@ -302,7 +302,7 @@ def peer_goes(rank, folder, how, ended):
 @pytest.mark.processes
 @pytest.mark.parametrize(("how", "error"), [("killed", EPPeerError), ("stopped", EPTimeoutError)])
 def test_peer_that_is_gone(how, error, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = process_context("forkserver")
     ended = context.Queue()
     ranks = [context.Process(target=peer_goes, args=(r, tmp_path, how, ended), daemon=True) for r in range(3)]
     for process in ranks:

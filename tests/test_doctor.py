@@ -23,8 +23,10 @@ def python(*arguments, **variables):
 
 
 def leftovers():
-    """This process's children, by process number."""
-    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    """This process's children, by process number, without the servers that multiprocessing keeps for later worlds."""
+    children = [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    servers = (b"multiprocessing.forkserver", b"multiprocessing.resource_tracker")
+    return [int(p) for p in children if not any(s in Path(f"/proc/{p}/cmdline").read_bytes() for s in servers)]
 
 
 def by_name(report):

@@ -24,12 +24,13 @@ MAX_LINES = 400
 # A module may import what stands on its own line or above, never what stands below.
 LAYERS = (
     ("_C",),
-    ("errors", "settings", "types", "event"),
+    ("errors", "settings", "plans", "types", "event", "utils"),
     ("reference", "layout", "communicator", "_rows"),
     ("backends",),
-    ("engine", "handle", "config", "validate", "sizes", "requests"),
+    ("engine", "handle", "config", "validate", "sizes", "requests", "registry", "tickets", "operators", "ops"),
     ("buffer", "elastic", "autograd"),
-    ("compat", "doctor", "__main__", "testing"),
+    ("nn",),
+    ("compat", "_as_deep_ep", "run", "doctor", "__main__", "testing"),
     ("__init__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

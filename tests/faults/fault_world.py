@@ -7,7 +7,6 @@ through a pipe of its own: one that dies takes nobody's lock with it.
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import re
 import signal
@@ -28,6 +27,7 @@ from deep_ep_py import Buffer
 from deep_ep_py.settings import Settings
 from deep_ep_py.testing import Case
 from deep_ep_py.testing import conformance_v1 as v1
+from deep_ep_py.testing.worlds import process_context
 
 #: Small, with rows for everyone; the second needs more memory than offers made for the first can give.
 SMALL = Case((9, 7, 12), hidden=40, num_topk=3, num_experts=7, routing="distinct", dtype=torch.float32)
@@ -77,8 +77,7 @@ def run_world(
     neither a file in their temporary folder nor one of our segments' names in /dev/shm is left; whatever fails or is
     left behind is an assertion error.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "deep_ep_py", "deep_ep_py.testing"])
+    context = process_context("forkserver")
     shared_before = set(names_in("/dev/shm"))
     with tempfile.TemporaryDirectory(prefix="fault_world_") as folder:
         store, scratch = Path(folder) / "store", Path(folder) / "tmp"
