@@ -311,9 +311,9 @@ def _pending(
 
 def _weights(topk_weights: torch.Tensor | None) -> torch.Tensor | None:
     """The dtypes that travel; half precisions are exact in float32."""
-    if topk_weights is None or topk_weights.dtype not in (torch.bfloat16, torch.float16):
-        return topk_weights
-    return topk_weights.to(torch.float32)
+    if isinstance(topk_weights, torch.Tensor) and topk_weights.dtype in (torch.bfloat16, torch.float16):
+        return topk_weights.to(torch.float32)
+    return topk_weights
 
 
 def _handle(found: Any, topk_idx: torch.Tensor, buffer: ElasticBuffer, alignment: int, expand: bool) -> PlanHandle:

@@ -159,4 +159,4 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int) -> Plan:
         num_output_rows=recv_src_idx.shape[0],
         plan=packed.data_ptr(),
     )
-    return Plan(packed)
+    return Plan.of(packed)

@@ -19,7 +19,7 @@ class Operator:
 
     Args:
         name: below ``torch.ops.deep_ep_py``.
-        schema: its arguments, as torch.library writes them.
+        schema: its arguments, as torch.library writes them; tensors come first.
         kernel: the operation. fake: shapes and dtypes alone.
         save: ``save(ctx, inputs, outputs)``, and backward: ``backward(ctx, gradients of the outputs) -> those of the
             inputs``; None: not differentiable.
@@ -42,36 +42,40 @@ class Operator:
         _library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=_library)
         self._kernel = kernel
+        self._num_tensors = schema.count("Tensor")
         self._function: Any = None
         if save is not None and backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=save, lib=_library)
-            self._function = _function(name, kernel, save, backward)
+            self._function = _function(name, self._num_tensors, kernel, save, backward)
         self._operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def __call__(self, first: torch.Tensor | None, *rest: Any) -> Sequence[torch.Tensor]:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(first) not in _PLAIN:
-            return self._operator(first, *rest)  # type: ignore[no-any-return]
-        if self._function is not None and torch.is_grad_enabled() and _requires_grad(first, *rest):
-            return self._function.apply(first, *rest)  # type: ignore[no-any-return]
-        return self._kernel(first, *rest)
+    def __call__(self, *arguments: Any) -> Sequence[torch.Tensor]:
+        first = arguments[0]
+        elsewhere = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        if elsewhere or (type(first) not in _PLAIN and isinstance(first, torch.Tensor)):
+            return self._operator(*arguments)  # type: ignore[no-any-return]
+        if self._function is not None and torch.is_grad_enabled():
+            n = self._num_tensors
+            for tensor in arguments[:n]:
+                if getattr(tensor, "requires_grad", False):
+                    return self._function.apply(*arguments[:n], arguments[n:])  # type: ignore[no-any-return]
+        return self._kernel(*arguments)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _requires_grad(*arguments: Any) -> bool:
-    return any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
+def _function(name: str, num_tensors: int, kernel: Kernel, save: Any, backward: Any) -> Any:
+    """The numbers travel as one tuple: torch looks at each argument of `apply`."""
 
-
-def _function(name: str, kernel: Kernel, save: Any, backward: Any) -> Any:
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
         # Not as `setup_context`: with one, torch inspects the signature of `forward` in every call.
-        found = tuple(kernel(*arguments))
-        save(ctx, arguments, found)
+        inputs = (*arguments[:-1], *arguments[-1])
+        found = tuple(kernel(*inputs))
+        save(ctx, inputs, found)
         return found
 
-    parts = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(lambda ctx, *gradients: backward(ctx, gradients)),
-    }
-    return type(name, (torch.autograd.Function,), parts)
+    def undo(ctx: Any, *gradients: Any) -> Any:
+        return *backward(ctx, gradients)[:num_tensors], None
+
+    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(undo)})

@@ -123,7 +123,7 @@ def _dispatch(
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     face = buffer_of(buffer)
     with face._engine.refusing("dispatch"):
-        plan = face._requests.check_plan(Plan(packed))
+        plan = face._requests.check_plan(Plan.of(packed))
         rows, _ = validate.tokens(x)
         spec = face._requests.dispatch_along(plan, rows, weights, _WEIGHT_DTYPES, fixed=True)
         spec.mask_weights, spec.zero_padding = not expand, expand
@@ -216,7 +216,7 @@ def _combine(
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     face = buffer_of(buffer)
     with face._engine.refusing("combine"):
-        plan = face._requests.check_plan(Plan(packed))
+        plan = face._requests.check_plan(Plan.of(packed))
         bias = tuple(b for b in (bias0, bias1) if b is not None) or None
         spec = face._requests.combine_along(plan, y, weights, _WEIGHT_DTYPES, bias, face.allow_multiple_reduction)
     got, event = face._engine.combine(spec, background=background, previous=())

@@ -3,7 +3,7 @@ carries tensors (an autograd graph, a compiled graph, a checkpointed region) and
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -21,15 +21,12 @@ PlanLayout = Literal["rank", "topk", "expand"]
 LAYOUTS: tuple[PlanLayout, ...] = ("rank", "topk", "expand")
 
 
-class Plan:
-    """Reads a packed plan; csrc/protocol/packed_plan.hpp has its form.
-
-    Args:
-        packed: 1-D contiguous int64 tensor on the CPU.
+class Plan(NamedTuple):
+    """A packed plan that has been read; see :meth:`of`. csrc/protocol/packed_plan.hpp has its form.
 
     Attributes:
-        packed: the tensor.
-        layout: how columns of ``targets`` are read.
+        packed: int64, 1-D contiguous on the CPU.
+        layout_number: index in ``LAYOUTS``.
         num_tokens, num_slots: T and W.
         num_ranks, rank: R, and the rank whose plan this is.
         num_local: experts of this rank (0 where a V1 handle did not carry their counts).
@@ -39,47 +36,38 @@ class Plan:
         digest: equal on all ranks for one plan, different for different counts; guards against mixed-up handles.
         expert_alignment: the multiple at which expanded blocks start, and to which reported counts are rounded up.
         num_max_tokens_per_rank: M, the stride of global token indices in the metadata.
-
-    Raises:
-        EPArgumentError: the tensor is no plan.
     """
 
-    __slots__ = (
-        "digest",
-        "expert_alignment",
-        "layout",
-        "num_local",
-        "num_max_tokens_per_rank",
-        "num_output_rows",
-        "num_ranks",
-        "num_recv_tokens",
-        "num_rows",
-        "num_slots",
-        "num_tokens",
-        "packed",
-        "rank",
-    )
+    packed: torch.Tensor
+    layout_number: int
+    num_tokens: int
+    num_slots: int
+    num_ranks: int
+    rank: int
+    num_local: int
+    num_rows: int
+    num_output_rows: int
+    num_recv_tokens: int
+    digest: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
 
-    def __init__(self, packed: torch.Tensor) -> None:
+    @classmethod
+    def of(cls, packed: torch.Tensor) -> Plan:
+        """Read a packed plan.
+
+        Raises:
+            EPArgumentError: the tensor is no plan.
+        """
         if packed.dtype != torch.int64 or packed.dim() != 1 or not packed.is_cpu or not packed.is_contiguous():
             got = f"{packed.dtype} {list(packed.shape)} on {packed.device}"
             raise EPArgumentError.of("handle", "the plan of a dispatch: contiguous torch.int64 [n] on the CPU", got)
-        (
-            layout,
-            self.num_tokens,
-            self.num_slots,
-            self.num_ranks,
-            self.rank,
-            self.num_local,
-            self.num_rows,
-            self.num_output_rows,
-            self.num_recv_tokens,
-            self.digest,
-            self.expert_alignment,
-            self.num_max_tokens_per_rank,
-        ) = _C.read_plan(plan=packed.data_ptr(), words=packed.numel())
-        self.layout: PlanLayout = LAYOUTS[layout]
-        self.packed = packed
+        return cls(packed, *_C.read_plan(packed.data_ptr(), packed.numel()))
+
+    @property
+    def layout(self) -> PlanLayout:
+        """How columns of ``targets`` are read."""
+        return LAYOUTS[self.layout_number]
 
     @classmethod
     def pack(
@@ -104,7 +92,7 @@ class Plan:
         counts = torch.cat([rank_prefix.flatten(), expert_counts]).to(torch.int32)
         if counts.numel() % 2:
             counts = torch.cat([counts, counts.new_zeros(1)])
-        return cls(torch.cat([header, counts.view(torch.int64), targets.flatten()]))
+        return cls.of(torch.cat([header, counts.view(torch.int64), targets.flatten()]))
 
     @property
     def targets(self) -> torch.Tensor:

@@ -83,7 +83,7 @@ def test_a_handle_that_is_none():
             (halves, "contiguous torch.int64"),
         ):
             refused(rank, buffer, 2, lambda b: ep.dispatch(x, None, b or plan), bad, match)
-        with pytest.raises(ep.EPArgumentError, match="handle: expected the PlanHandle of deep_ep_py.plan, got tuple"):
+        with pytest.raises(ep.EPArgumentError, match=r"handle: expected the PlanHandle of deep_ep_py\.plan, got tuple"):
             ep.dispatch(x, None, (1, 2))
         with pytest.raises(ep.EPArgumentError, match="buffer: expected an ElasticBuffer, got str"):
             ep.plan(ROUTING.topk_idx(rank), "buffer", 6)
@@ -149,7 +149,7 @@ def test_a_buffer_that_is_gone():
         short_lived = ep.ElasticBuffer(group, num_max_tokens_per_rank=4)
         rows, _, plan = ep.plan_and_dispatch(x, ROUTING.topk_idx(rank), None, short_lived, 6)
         short_lived.destroy()
-        with pytest.raises(ep.EPError, match="destroyed|closed"):
+        with pytest.raises(ep.EPError, match=r"destroyed|closed"):
             ep.dispatch(x, None, plan)
         del short_lived
         gc.collect()
@@ -173,7 +173,7 @@ def test_waiting_twice_or_for_nothing():
         same, _ = pending.wait()
         assert torch.equal(rows, same)
         # Both in one graph: the gradients would have to travel twice, in a ticket that holds one.
-        with pytest.raises(ep.EPArgumentError, match="ticket: .*waited for once"):
+        with pytest.raises(ep.EPArgumentError, match=r"ticket: .*waited for once"):
             (rows.sum() + same.sum()).backward()
         buffer.barrier()
         works(rank, buffer)

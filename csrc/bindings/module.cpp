@@ -89,7 +89,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("expert_local"), py::arg("tokens_per_rank"), py::arg("tokens_per_expert"), py::arg("is_token_in_rank"));
   m.attr("plan_header_words") = static_cast<int>(kPlanHeaderWords);
   m.attr("plan_magic") = kPlanMagicValue;
-  m.def("read_plan", &read_plan, py::kw_only(), py::arg("plan"), py::arg("words"));
+  m.def("read_plan", &read_plan, py::arg("plan"), py::arg("words"), py::pos_only());
   m.def("heads_of_plan", &heads_of_plan, py::kw_only(), py::arg("plan"), py::arg("send_head"));
   m.def("plan_from_heads", &plan_from_heads, py::kw_only(), py::arg("send_head"), py::arg("prefix"), py::arg("rank"),
         py::arg("num_ranks"), py::arg("num_tokens"), py::arg("num_output_rows"), py::arg("plan"));

@@ -175,7 +175,7 @@ class ShmBackend:
         )
         rows = flight.num_output_rows
         if plan is None:
-            plan = Plan(packed)
+            plan = Plan.of(packed)
         try:
             result = self._outputs(spec, flight, plan, rows, num_topk)
         except BaseException:
