@@ -43,26 +43,30 @@ class Operator:
         torch.library.register_fake(qualified, fake, lib=_library)
         self._kernel = kernel
         self._num_tensors = schema.count("Tensor")
-        self._function: Any = None
+        self._apply: Any = None
         if save is not None and backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=save, lib=_library)
-            self._function = _function(name, self._num_tensors, kernel, save, backward)
+            # Function.apply itself is Python around this; what it adds is for functorch's transforms, see __call__.
+            function = _function(name, self._num_tensors, kernel, save, backward)
+            self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         self._operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *arguments: Any) -> Sequence[torch.Tensor]:
         first = arguments[0]
-        elsewhere = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        if elsewhere or (type(first) not in _PLAIN and isinstance(first, torch.Tensor)):
+        watched = torch.compiler.is_compiling() or _num_modes() or _transforms_active()
+        if watched or (type(first) not in _PLAIN and isinstance(first, torch.Tensor)):
             return self._operator(*arguments)  # type: ignore[no-any-return]
-        if self._function is not None and torch.is_grad_enabled():
+        if self._apply is not None and torch.is_grad_enabled():
             n = self._num_tensors
             for tensor in arguments[:n]:
                 if getattr(tensor, "requires_grad", False):
-                    return self._function.apply(*arguments[:n], arguments[n:])  # type: ignore[no-any-return]
+                    return self._apply(*arguments[:n], arguments[n:])  # type: ignore[no-any-return]
         return self._kernel(*arguments)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_num_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def _function(name: str, num_tensors: int, kernel: Kernel, save: Any, backward: Any) -> Any:

@@ -30,13 +30,13 @@ Gradients = Sequence[torch.Tensor | None]
 
 
 class _Shape(NamedTuple):
-    """What a backward pass needs beside the plan."""
+    """What a backward pass needs beside the plan; saved as a plain tuple, which is made faster."""
 
     buffer: int
     num_tokens: int
-    num_rows: int
     hidden: int
     dtype: torch.dtype
+    num_rows: int
     num_topk: int
     weight_dtype: torch.dtype | None
     expand: bool
@@ -85,7 +85,7 @@ def _plan(
         rows = validate.tensor("topk_idx", topk_idx, torch.int64, (None, None))[:, :0]  # a plan moves no bytes
         spec = _routing(face, rows, None, topk_idx, num_experts, alignment, limit, expand, sync)
     got, _ = face._engine.dispatch(spec, background=False, previous=())
-    return [got.plan.packed, got.recv_topk_idx, got.plan.expert_counts.clone()]
+    return [got.plan.packed, got.recv_topk_idx, got.plan.copy_expert_counts()]
 
 
 def _plan_fake(
@@ -145,19 +145,13 @@ def _dispatch_fake(
 def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
     x, weights, packed, buffer, num_rows, expand, background = inputs
     ctx.packed = packed
-    ctx.shape = _shape_of_tokens(x, weights, buffer, num_rows, expand, background)
-
-
-def _shape_of_tokens(
-    x: torch.Tensor, weights: torch.Tensor | None, buffer: int, num_rows: int, expand: bool, background: bool
-) -> _Shape:
     columns, dtype = (0, None) if weights is None else (weights.shape[1], weights.dtype)
-    return _Shape(buffer, x.shape[0], num_rows, x.shape[1], x.dtype, columns, dtype, expand, background)
+    ctx.shape = (buffer, *x.shape, x.dtype, num_rows, columns, dtype, expand, background)
 
 
 def _undo_dispatch(ctx: Any, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of x and of the weights."""
-    packed, s = ctx.packed, ctx.shape
+    packed, s = ctx.packed, _Shape(*ctx.shape)
     if s.background:
         found = finish(
             gradients[0], packed, None, None, s.buffer, False, s.expand, s.num_tokens, s.num_rows, s.hidden, s.dtype,
@@ -186,7 +180,7 @@ def _plan_dispatch(
         spec = _routing(face, rows, weights, topk_idx, num_experts, alignment, limit, expand, sync)
     plan, recv_topk_idx, found = _delivered(face, spec, background)
     assert recv_topk_idx is not None
-    return [plan.packed, recv_topk_idx, plan.expert_counts.clone(), *found]
+    return [plan.packed, recv_topk_idx, plan.copy_expert_counts(), *found]
 
 
 def _plan_dispatch_fake(
@@ -200,7 +194,8 @@ def _plan_dispatch_fake(
 def _save_plan_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
     x, weights, _, buffer, _, _, _, expand, _, background = inputs
     ctx.packed = output[0]
-    ctx.shape = _shape_of_tokens(x, weights, buffer, output[1].shape[0], expand, background)
+    columns, dtype = (0, None) if weights is None else (weights.shape[1], weights.dtype)
+    ctx.shape = (buffer, *x.shape, x.dtype, output[1].shape[0], columns, dtype, expand, background)
 
 
 def _plan_dispatch_backward(ctx: Any, gradients: Gradients) -> Any:
@@ -238,12 +233,13 @@ def _save_combine(ctx: Any, inputs: Any, output: Any) -> None:
     y, weights, packed, bias0, bias1, buffer, num_tokens, num_topk, expand, background = inputs
     ctx.packed = packed
     dtype = None if weights is None else weights.dtype
-    ctx.shape = _Shape(buffer, num_tokens, y.shape[0], y.shape[1], y.dtype, num_topk, dtype, expand, background)
+    num_rows, hidden = y.shape
+    ctx.shape = (buffer, num_tokens, hidden, y.dtype, num_rows, num_topk, dtype, expand, background)
     ctx.num_bias = (bias0 is not None) + (bias1 is not None)
 
 
 def _combine_backward(ctx: Any, gradients: Gradients) -> Any:
-    packed, s = ctx.packed, ctx.shape
+    packed, s = ctx.packed, _Shape(*ctx.shape)
     bias: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if s.background:  # the gradients of the biases are known, and returned, where the combine was waited for
         found = finish(
@@ -289,13 +285,13 @@ def _save_finish(ctx: Any, inputs: Any, output: Any) -> None:
     _, packed, bias0, bias1, buffer, of_dispatch, expand, rows, before, hidden, dtype, num_topk, weight_dtype = inputs
     ctx.packed = packed
     num_tokens, num_rows = (before, rows) if of_dispatch else (rows, before)
-    ctx.shape = _Shape(buffer, num_tokens, num_rows, hidden, dtype, num_topk, weight_dtype, expand, True)
+    ctx.shape = (buffer, num_tokens, hidden, dtype, num_rows, num_topk, weight_dtype, expand, True)
     ctx.of_dispatch = of_dispatch
     ctx.num_bias = (bias0 is not None) + (bias1 is not None)
 
 
 def _finish_backward(ctx: Any, gradients: Gradients) -> Any:
-    packed, s = ctx.packed, ctx.shape
+    packed, s = ctx.packed, _Shape(*ctx.shape)
     bias: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if ctx.of_dispatch:
         x, weights = s.at_rows(gradients, packed)

@@ -113,6 +113,12 @@ class Plan(NamedTuple):
         """[E_local] int32: received slots of each local expert, not aligned."""
         return self._counts(self.num_ranks**2, self.num_local)
 
+    def copy_expert_counts(self) -> torch.Tensor:
+        """``expert_counts``, in memory of their own; faster than a clone, which takes three views."""
+        counts = torch.empty(self.num_local, dtype=torch.int32, device="cpu")
+        _C.copy_expert_counts(self.packed.data_ptr(), counts.data_ptr())
+        return counts
+
     def _counts(self, first: int, size: int) -> torch.Tensor:
         return self.packed[_C.plan_header_words :].view(torch.int32)[first : first + size]
 
