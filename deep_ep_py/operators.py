@@ -39,7 +39,8 @@ class Operator:
     ) -> None:
         qualified = f"{NAMESPACE}::{name}"
         _library.define(f"{name}{schema} -> Tensor[]")
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        # Opaque to a compiler that is watching the frames around a graph break; what custom_op does for its kernels.
+        _library.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=_library)
         self._kernel = kernel
         self._num_tensors = schema.count("Tensor")

@@ -1,84 +1,122 @@
 """The training example: one curve on any number of ranks, and across checkpoints."""
 
+import importlib.util
 import json
+import os
+import subprocess
 import sys
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from deep_ep_py.testing.worlds import run_processes
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "train_moe.py"
+BATCH, CONTEXT, EXPERTS, TOPK, STEPS, HALF = 7, 16, 7, 2, 100, 50
 # Experts and sequences are no multiple of the ranks; one MoE layer and few tokens, so that hardly any choice is a tie.
-TINY = (
-    *("--hidden", "16", "--layers", "2", "--heads", "2", "--experts", "7", "--topk", "2", "--width", "8"),
-    *("--context", "16", "--batch", "7", "--text-bytes", "100000", "--steps", "100", "--profile-steps", "0"),
-)
-HALF = 50
+TINY = f"""--hidden 16 --layers 2 --heads 2 --width 8 --experts {EXPERTS} --topk {TOPK} --context {CONTEXT}
+    --batch {BATCH} --text-bytes 100000 --steps {STEPS} --checkpoint-every {HALF} --profile-steps 0""".split()
+
+PLOT = "--plot two.png" if importlib.util.find_spec("matplotlib") else ""
+
+#: Name: (ranks, arguments, whose checkpoint of half the way is the beginning). In this order, in the same processes.
+RUNS = {
+    "one": (1, "--checkpoints one --record one.json", None),
+    "two": (2, f"--checkpoints two --record two.json {PLOT} --profile-steps 3 --compare-with one.json", None),
+    "two, on one": (1, "--resume --checkpoints a --compare-with one.json", "two"),
+    "two, on three": (3, "--resume --checkpoints b --compare-with one.json", "two"),
+    "one, on two by two": (4, "--resume --checkpoints c --ep 2 --compare-with one.json", "one"),
+    "other settings": (1, "--resume --checkpoints two --lr 0.5", None),
+}
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
-def train(group, argv):
-    """One rank's run; whether its curve is that of the run to compare with."""
-    sys.path.insert(0, str(EXAMPLES))
+def run_all(group, folder):
+    """One rank of the largest world: what its runs returned or raised. Smaller worlds are its first ranks."""
+    sys.path.insert(0, str(EXAMPLE.parent))
     import train_moe
 
-    return train_moe.train(train_moe.arguments([*TINY, *argv]), torch.device("cpu"))
-
-
-def run(num_ranks, *argv):
-    return run_processes(num_ranks, train, [str(argument) for argument in argv])[0]
+    os.chdir(folder)
+    rank, found = group.rank(), {}
+    for name, (num_ranks, arguments, start) in {**RUNS, "": (group.size(), "", None)}.items():
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if rank < num_ranks:
+            store = (folder / f"rendezvous {name}").as_uri()
+            dist.init_process_group(
+                "gloo", init_method=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=90)
+            )
+        if rank < num_ranks and name:
+            args = train_moe.arguments([*TINY, *arguments.split()])
+            if start is not None and rank == 0:
+                args.checkpoints.mkdir()
+                (args.checkpoints / f"step-{HALF:06d}").symlink_to(folder / start / f"step-{HALF:06d}")
+            dist.barrier()
+            try:
+                found[name] = train_moe.train(args, torch.device("cpu"))
+            except (Exception, SystemExit) as e:
+                found[name] = f"{type(e).__name__}: {e}"
+    return found
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """The record of one process, and its folder, in which its checkpoints lie too."""
-    folder = tmp_path_factory.mktemp("one")
-    assert run(1, "--record", folder / "one.json", "--checkpoints", folder, "--checkpoint-every", HALF)
-    return folder / "one.json"
+def runs(tmp_path_factory):
+    """What rank 0's runs returned, and the folder of their files."""
+    folder = tmp_path_factory.mktemp("runs")
+    largest = max(num_ranks for num_ranks, *_ in RUNS.values())
+    return run_processes(largest, run_all, folder, timeout_seconds=110)[0], folder
 
 
-@pytest.fixture(scope="module")
-def two(one, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    again = "--compare-with", one, "--record", folder / "two.json", "--plot", folder / "two.png"
-    same = run(2, *again, "--checkpoints", folder, "--checkpoint-every", HALF, "--profile-steps", 3)
-    return same, folder
+def test_one_process_learns(runs):
+    found, folder = runs
+    assert found["one"] is True
+    losses = json.loads((folder / "one.json").read_text())["loss"]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0] - 1.5, "it does not learn, so that its curve proves nothing"
 
 
-def test_two_ranks_have_the_curve_of_one_process(one, two):
-    same, folder = two
-    losses = json.loads(one.read_text())["loss"]
-    assert len(losses) == 100 and losses[-1] < losses[0] - 1.5, "it does not learn, so its curve proves nothing"
-    assert same
-    found = json.loads((folder / "two.json").read_text())
-    assert found["shares"]["forward dispatch"] > 0 and found["shares"]["backward combine"] > 0
-    assert 0 < sum(found["shares"].values()) < 1
-    assert (folder / "two.png").read_bytes()[1:4] == b"PNG"
+@pytest.mark.parametrize("name", ["two", "two, on one", "two, on three", "one, on two by two"])
+def test_curve_is_that_of_one_process(runs, name):
+    assert runs[0][name] is True
 
 
-def test_expert_bias_follows_the_loads_of_all_ranks(two):
-    _, folder = two
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_expert_bias_follows_the_loads_of_all_ranks(runs):
+    folder = runs[1]
     load = torch.tensor(json.loads((folder / "two.json").read_text())["load"])[:, 0]
-    assert (load.sum(1) == 7 * 16 * 2).all()
+    assert (load.sum(1) == BATCH * CONTEXT * TOPK).all()
     name = "weight.blocks.1.feed_forward.router.expert_bias"
-    found = {name: torch.zeros(7)}
-    dcp.load(found, checkpoint_id=folder / "step-000100")
-    expected = 5e-3 * torch.sign(load.sum(1, keepdim=True) - 7 * load).sum(0)
-    torch.testing.assert_close(found[name], expected.float())
+    found = {name: torch.zeros(EXPERTS)}
+    dcp.load(found, checkpoint_id=folder / "two" / f"step-{STEPS:06d}", no_dist=True)
+    expected = 5e-3 * torch.sign(load.sum(1, keepdim=True) - EXPERTS * load).sum(0)
     assert expected.abs().max() > 0.05
+    torch.testing.assert_close(found[name], expected.float())
 
 
-@pytest.mark.parametrize(("num_ranks", "ep"), [(1, 1), (3, 3), (4, 2)], ids=["one", "three", "two-by-two"])
-def test_resumes_on_another_number_of_ranks(one, two, num_ranks, ep, tmp_path):
-    (tmp_path / "step-000050").symlink_to(two[1] / "step-000050")
-    assert run(num_ranks, "--ep", ep, "--checkpoints", tmp_path, "--resume", "--compare-with", one)
+def test_report(runs):
+    folder = runs[1]
+    shares = json.loads((folder / "two.json").read_text())["shares"]
+    assert all(shares[f"{phase} {kind}"] > 0 for phase in ("forward", "backward") for kind in ("dispatch", "combine"))
+    assert sum(shares.values()) < 1
+    assert not PLOT or (folder / "two.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_refuses_the_checkpoint_of_other_settings(two):
-    with pytest.raises(Exception, match=r"settings.*'lr': \(0.002, 0.5\)"):
-        run(1, "--checkpoints", two[1], "--resume", "--lr", "0.5")
+def test_refuses_the_checkpoint_of_other_settings(runs):
+    assert runs[0]["other settings"].endswith("other settings (there, here): {'lr': (0.002, 0.5)}")
+
+
+def test_launched_by_torchrun_fails_where_curves_differ(runs):
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    short = "--steps", "8", "--checkpoint-every", "0", "--compare-with", "one.json", "--tolerance", "-1"
+    # A script's interpreter looks beside the script, which is not where the package lies in a checkout.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, *launcher, str(EXAMPLE), *TINY, *short]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=runs[1], env=env)
+    assert "2 ranks, ep 2 (shm): steps 0 to 7" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "DIFFERENT: losses of steps 0 to 7 differ by at most" in done.stdout

@@ -56,6 +56,11 @@ py::tuple read_plan(uintptr_t plan, int64_t words) {
   return out;
 }
 
+void copy_expert_counts(uintptr_t address, uintptr_t out) {
+  const PackedPlan plan(pointer<int64_t>(address));
+  std::copy_n(plan.expert_counts(), plan[kPlanLocal], pointer<int32_t>(out));
+}
+
 // V1's handle carries send_head [num_tokens, num_ranks] in place of targets; each follows from the other.
 void heads_of_plan(uintptr_t address, uintptr_t send_head) {
   const PackedPlan plan(pointer<int64_t>(address));
@@ -90,6 +95,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("plan_header_words") = static_cast<int>(kPlanHeaderWords);
   m.attr("plan_magic") = kPlanMagicValue;
   m.def("read_plan", &read_plan, py::arg("plan"), py::arg("words"), py::pos_only());
+  m.def("copy_expert_counts", &copy_expert_counts, py::arg("plan"), py::arg("out"), py::pos_only());
   m.def("heads_of_plan", &heads_of_plan, py::kw_only(), py::arg("plan"), py::arg("send_head"));
   m.def("plan_from_heads", &plan_from_heads, py::kw_only(), py::arg("send_head"), py::arg("prefix"), py::arg("rank"),
         py::arg("num_ranks"), py::arg("num_tokens"), py::arg("num_output_rows"), py::arg("plan"));

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 #: What a server of forks imports once, so that a rank costs tenths of a second and not the seconds of torch.
-PRELOAD = ("torch", "torch.distributed", "deep_ep_py", "deep_ep_py.testing")
+PRELOAD = (
+    "torch",
+    "torch._dynamo",
+    "torch.distributed",
+    "torch.distributed.checkpoint",
+    "deep_ep_py",
+    "deep_ep_py.testing",
+)
 #: After one rank failed, how many seconds the others may take before they are left behind (threads) or killed.
 GRACE_SECONDS = 2.0
 
