@@ -24,6 +24,7 @@ import torch
 from . import ops
 from .elastic import ElasticBuffer
 from .errors import EPArgumentError
+from .registry import buffer_of
 
 Bias = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
@@ -289,11 +290,12 @@ def combine(
     number = _planned(handle, buffer)
     pair = tuple(bias) if isinstance(bias, tuple | list) else (bias,)
     if len(pair) > 2:
-        raise EPArgumentError.of("bias", "None, a tensor or a pair of tensors", f"{len(pair)} tensors")
+        with buffer_of(number)._engine.refusing("combine"):
+            raise EPArgumentError.of("bias", "None, a tensor or a pair of tensors", f"{len(pair)} tensors")
     bias0, bias1 = (*pair, None, None)[:2]
     if async_finish:
         # The biases' gradient is there when the combine was waited for, so that is where they enter the graph.
-        start = [None if b is None else b.detach() for b in (bias0, bias1)]
+        start = [b.detach() if isinstance(b, torch.Tensor) else b for b in (bias0, bias1)]
         (ticket,) = ops.combine(y, None, handle.packed, *start, number, handle.num_tokens, 0, handle.expand, True)
         shape = (handle.num_tokens, handle.num_rows, y.shape[1], y.dtype, 0, None)
         return PendingCombine(ticket, (handle.packed, bias0, bias1, number, False, handle.expand, *shape))

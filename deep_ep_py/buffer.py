@@ -15,6 +15,7 @@ from .errors import EPArgumentError
 from .event import EventHandle, EventOverlap, completions
 from .handle import pack_v1, unpack_v1
 from .layout import dispatch_layout
+from .requests import MAX_ALIGNMENT
 from .settings import Settings
 from .types import CombineSpec, DispatchSpec, ExpertPlacement
 
@@ -349,7 +350,7 @@ class Buffer:
             num_tokens_per_expert=per_expert,
             placement=self._placement(per_expert.numel()),
             mask_weights=True,
-            expert_alignment=validate.whole("expert_alignment", expert_alignment, 1),
+            expert_alignment=validate.whole("expert_alignment", expert_alignment, 1, MAX_ALIGNMENT),
             num_worst_tokens=worst or None,
             max_threads=self._num_sms(config),
         )

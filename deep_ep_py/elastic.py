@@ -10,7 +10,7 @@ import torch
 from . import validate
 from .communicator import communicator_of
 from .engine import BackendInfo, Engine
-from .errors import EPArgumentError
+from .errors import EPArgumentError, EPError
 from .event import EventHandle, EventOverlap, completions
 from .handle import EPHandle
 from .registry import register
@@ -181,6 +181,15 @@ class ElasticBuffer:
     def statistics(self) -> Any:
         """Counters of this buffer: :class:`.backends.base.Statistics`."""
         return self._engine.statistics()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ElasticBuffer:
+        """Itself: a buffer is this rank's end of a connection, which the copy of a module shares."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise EPError(
+            "an ElasticBuffer cannot be pickled: it belongs to its process; save a module's state_dict() instead"
+        )
 
     def destroy(self) -> None:
         """Give memory, threads and mappings back. Idempotent, not collective; what was returned stays valid."""

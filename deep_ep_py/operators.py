@@ -40,7 +40,7 @@ class Operator:
         qualified = f"{NAMESPACE}::{name}"
         _library.define(f"{name}{schema} -> Tensor[]")
         # Opaque to a compiler that is watching the frames around a graph break; what custom_op does for its kernels.
-        _library.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")
+        _library.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")  # type: ignore[attr-defined]
         torch.library.register_fake(qualified, fake, lib=_library)
         self._kernel = kernel
         self._num_tensors = schema.count("Tensor")
@@ -51,6 +51,9 @@ class Operator:
             function = _function(name, self._num_tensors, kernel, save, backward)
             self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         self._operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+        # A collective whose result nobody uses here still serves the other ranks: not to be dropped. (Reductions over
+        # no rows are constants to inductor, so on a rank without tokens such results do occur.)
+        torch.fx.node.has_side_effect(self._operator)
 
     def __call__(self, *arguments: Any) -> Sequence[torch.Tensor]:
         first = arguments[0]

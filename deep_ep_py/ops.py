@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import validate
+from .errors import EPArgumentError
 from .operators import Operator
 from .plans import Plan, plan_words
 from .registry import buffer_of
@@ -108,6 +109,13 @@ def _plan_fake(
 # dispatch -----------------------------------------------------------------------------------------------------------
 
 
+def _read(face: Any, packed: torch.Tensor, expand: bool) -> Plan:
+    plan: Plan = face._requests.check_plan(Plan.of(packed))
+    if plan.layout != ("expand" if expand else "topk"):
+        raise EPArgumentError.of("handle", f"one whose plan is {'expanded' if expand else 'compact'}", plan.layout)
+    return plan
+
+
 def _delivered(face: Any, spec: DispatchSpec, background: bool) -> tuple[Plan, torch.Tensor | None, list[torch.Tensor]]:
     got, event = face._engine.dispatch(spec, background=background, previous=())
     found = [got.recv_x] if got.recv_topk_weights is None else [got.recv_x, got.recv_topk_weights]
@@ -123,7 +131,7 @@ def _dispatch(
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     face = buffer_of(buffer)
     with face._engine.refusing("dispatch"):
-        plan = face._requests.check_plan(Plan.of(packed))
+        plan = _read(face, packed, expand)
         rows, _ = validate.tokens(x)
         spec = face._requests.dispatch_along(plan, rows, weights, _WEIGHT_DTYPES, fixed=True)
         spec.mask_weights, spec.zero_padding = not expand, expand
@@ -211,7 +219,7 @@ def _combine(
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     face = buffer_of(buffer)
     with face._engine.refusing("combine"):
-        plan = face._requests.check_plan(Plan.of(packed))
+        plan = _read(face, packed, expand)
         bias = tuple(b for b in (bias0, bias1) if b is not None) or None
         spec = face._requests.combine_along(plan, y, weights, _WEIGHT_DTYPES, bias, face.allow_multiple_reduction)
     got, event = face._engine.combine(spec, background=background, previous=())

@@ -29,6 +29,8 @@ def buffer_of(number: int) -> Any:
     buffer = _buffers.get(number)
     if buffer is None:
         raise EPArgumentError.of(
-            "handle", "one whose buffer is alive (keep it until the backward pass is over)", "one whose buffer is gone"
+            "handle",
+            "one (or a pending operation) whose buffer is alive; keep it until the last backward pass",
+            "one whose buffer is gone",
         )
     return buffer

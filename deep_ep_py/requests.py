@@ -13,6 +13,9 @@ from .layout import worst_case_expanded_rows
 from .plans import Plan
 from .types import CombineSpec, DispatchSpec, ExpertPlacement
 
+#: No kernel wants more; and a slip of the pen must not allocate this many rows an expert.
+MAX_ALIGNMENT = 1 << 16
+
 Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -88,7 +91,9 @@ class Requests:
             topk_idx=topk_idx,
             topk_weights=topk_weights,
             placement=placement,
-            expert_alignment=1 if expert_alignment is None else validate.whole("expert_alignment", expert_alignment, 1),
+            expert_alignment=1
+            if expert_alignment is None
+            else validate.whole("expert_alignment", expert_alignment, 1, MAX_ALIGNMENT),
             num_max_tokens_per_rank=limit,
         )
         if not sync:

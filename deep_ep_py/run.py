@@ -1,4 +1,4 @@
-"""``python -m deep_ep_py run``: a program as Python itself would run it, with ``deep_ep`` being this library."""
+"""``python -m deep_ep_py run``: a Python file or module as the main program, with ``deep_ep`` being this library."""
 
 from __future__ import annotations
 

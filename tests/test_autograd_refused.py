@@ -70,6 +70,106 @@ def test_wrong_shapes_dtypes_and_values(backend):
     threads(ROUTING, body, backend=backend)
 
 
+HEADER = 13  # words before the counts; csrc/protocol/packed_plan.hpp
+
+
+@pytest.mark.parametrize("expand", [False, True], ids=["compact", "expanded"])
+def test_a_damaged_plan(expand):
+    """Whatever it says, nothing outside the blocks is touched: refused, or the buffer is given up in words."""
+
+    def body(rank, buffer):
+        good = ep.plan(ROUTING.topk_idx(rank), buffer, 6, expand=expand)
+        x, weights = ROUTING.floats(rank, 1, 4), ROUTING.floats(rank, 2, 2, torch.float32)
+        edits = {"alignment": (11, 0), "rows": (7, 0), "layout": (1, 0), "tokens": (2, 2**31), "ranks": (4, 0)}
+        edits |= {"negative count": (HEADER + 5, -1), "other layout": (1, 1 if expand else 2)}
+        for name, (word, value) in edits.items():
+            if name == "rows" and not expand:
+                continue  # compact plans carry no second word on it; `place` looks at the blocks
+            packed = good.packed.clone()
+            packed[word] = value
+            bad = good._replace(packed=packed)
+            refused(
+                rank, buffer, 1, lambda b: ep.dispatch(x, weights, b or good), bad, "handle: expected|no plan|plan of a"
+            )
+            refused(rank, buffer, 1, lambda b: ep.combine(torch.zeros(good.num_rows, 4), b or good), bad, "plan|layout")
+
+    threads(ROUTING, body)
+
+
+@pytest.mark.parametrize("expand", [False, True], ids=["compact", "expanded"])
+def test_targets_that_name_rows_that_are_not_there(expand):
+    def body(rank, buffer):
+        plan = ep.plan(ROUTING.topk_idx(rank), buffer, 6, expand=expand, do_cpu_sync=False)
+        packed = plan.packed.clone()
+        targets = packed[-plan.num_tokens * plan.num_topk :]
+        if rank == 1:
+            targets[targets >= 0] += 1 << 20
+        x, weights = ROUTING.floats(rank, 1, 4), ROUTING.floats(rank, 2, 2, torch.float32)
+        with pytest.raises(ep.EPError, match="has no such row"):
+            ep.dispatch(x, weights, plan._replace(packed=packed))
+        with pytest.raises(ep.EPError):
+            ep.dispatch(x, weights, plan)  # given up: peers counted on the rows
+
+    threads(ROUTING, body)
+
+
+def test_a_layout_that_is_not_the_plan_s():
+    def body(rank, buffer):
+        plan = ep.plan(ROUTING.topk_idx(rank), buffer, 6)
+        x = ROUTING.floats(rank, 1, 4)
+        other = plan._replace(expand=True)
+        refused(
+            rank,
+            buffer,
+            0,
+            lambda b: ep.dispatch(x, None, b or plan),
+            other,
+            "handle: expected one whose plan is expanded",
+        )
+
+    threads(ROUTING, body)
+
+
+@pytest.mark.parametrize("go", [{}, {"async_finish": True}], ids=["sync", "async"])
+def test_a_bias_that_is_none(go):
+    def body(rank, buffer):
+        plan = ep.plan(ROUTING.topk_idx(rank), buffer, 6)
+        x, y = ROUTING.floats(rank, 1, 4), torch.zeros(plan.num_rows, 4).double()
+        wait = lambda found: found.wait() if go else found  # noqa: E731
+        for bad, match in (
+            ((x, x, x), "bias: expected None, a tensor or a pair"),
+            ("zz", "bias: expected torch.float64"),
+        ):
+            refused(rank, buffer, 1, lambda b: wait(ep.combine(y, plan, b, **go)), bad, match)
+
+    threads(ROUTING, body)
+
+
+def test_an_alignment_that_no_kernel_wants():
+    def body(rank, buffer):
+        idx = ROUTING.topk_idx(rank)
+        plan = lambda a: ep.plan(idx, buffer, 6, expand=True, expert_alignment=a or 1)  # noqa: E731
+        refused(rank, buffer, 2, plan, 2**30, "expert_alignment: expected a whole number from 1 to 65536")
+
+    threads(ROUTING, body)
+
+
+def test_a_copied_module_shares_its_buffer():
+    import copy
+    import pickle
+
+    def body(rank, buffer):
+        layer = ep.nn.MoELayer(4, 8, 6, 2, buffer)
+        twin = copy.deepcopy(layer)
+        assert twin.buffer is buffer
+        x = ROUTING.floats(rank, 1, 4, torch.float32)
+        assert torch.equal(layer(x).output, twin(x).output)
+        with pytest.raises(ep.EPError, match="cannot be pickled"):
+            pickle.dumps(buffer)
+
+    threads(ROUTING, body)
+
+
 def test_a_handle_that_is_none():
     def body(rank, buffer):
         plan = ep.plan(ROUTING.topk_idx(rank), buffer, 6)
@@ -87,8 +187,6 @@ def test_a_handle_that_is_none():
             ep.dispatch(x, None, (1, 2))
         with pytest.raises(ep.EPArgumentError, match="buffer: expected an ElasticBuffer, got str"):
             ep.plan(ROUTING.topk_idx(rank), "buffer", 6)
-        with pytest.raises(ep.EPArgumentError, match="bias: expected None, a tensor or a pair"):
-            ep.combine(x, plan, bias=(x, x, x))
         works(rank, buffer)
 
     threads(ROUTING, body)

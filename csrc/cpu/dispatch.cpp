@@ -38,7 +38,7 @@ void Engine::place(DispatchFlight& flight) {
     if (!moves(p.targets[i])) continue;
     ++moved;
     const int r = target_rank(p.targets[i]);
-    if (r >= options_.num_ranks || (p.row_bytes > 0 && target_row(p.targets[i]) >= flight.destinations[r].row_limit))
+    if (r >= options_.num_ranks || target_row(p.targets[i]) >= flight.destinations[r].row_limit)
       throw Error(ErrorKind::general, "the handle names row " + std::to_string(target_row(p.targets[i])) + " of rank " +
                                           std::to_string(r) + ", which has no such row: it is not this dispatch's");
   }

@@ -1,5 +1,6 @@
 // The first half of dispatch: layout, offers, notify (rendezvous A). At its end every rank knows where every row goes.
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <numeric>
 
@@ -220,7 +221,12 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
   for (int r = 0; r < num_ranks; ++r) {
     Destination& d = flight.destinations[r];
     d.x = peers_->address(r, records[r].blocks[kX]);
-    d.row_limit = p.row_bytes ? static_cast<int64_t>(records[r].blocks[kX].bytes) / p.row_bytes : 0;
+    // A handle's targets are the caller's memory: rows that these blocks do not have are refused in `place`.
+    d.row_limit = INT64_MAX;
+    if (p.row_bytes) d.row_limit = static_cast<int64_t>(records[r].blocks[kX].bytes) / p.row_bytes;
+    const int64_t weight_row = weight_bytes_of(p) * int64_t{p.layout == Layout::expand ? 1 : p.num_topk};
+    if (p.cached && weight_row)
+      d.row_limit = std::min(d.row_limit, static_cast<int64_t>(records[r].blocks[kScratch].bytes) / weight_row);
     if (p.sf_bytes) d.sf = peers_->address(r, records[r].blocks[kScaleFactors]);
     if (records[r].blocks[kScratch].bytes) d.scratch = peers_->address(r, records[r].blocks[kScratch]);
     if (p.cached) continue;

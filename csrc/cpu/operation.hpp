@@ -80,7 +80,7 @@ struct Destination {
   char* sf = nullptr;
   char* scratch = nullptr;
   ScratchLayout layout;
-  int64_t row_limit = 0;    // rows that its x block holds
+  int64_t row_limit = 0;    // rows that its blocks hold
   int64_t first_token = 0;  // this source's first row among its unique tokens
 };
 

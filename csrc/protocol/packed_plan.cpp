@@ -15,6 +15,21 @@ std::string wrong_plan(const int64_t* words, int64_t num_words) {
   const int64_t expected = plan_words(words[kPlanTokens], words[kPlanSlots], words[kPlanRanks], words[kPlanLocal]);
   if (num_words != expected)
     return "it has " + std::to_string(num_words) + " words, and its header tells of " + std::to_string(expected);
+  const bool rank = words[kPlanLayout] == static_cast<int64_t>(Layout::rank);
+  const bool expand = words[kPlanLayout] == static_cast<int64_t>(Layout::expand);
+  if (words[kPlanAlignment] < 1 || (rank && words[kPlanSlots] != words[kPlanRanks]))
+    return "its header contradicts itself";
+  // What follows is what memory is cleared by: expanded rows are the blocks of the experts, gaps included.
+  const PackedPlan plan(const_cast<int64_t*>(words));
+  int64_t rows = 0;
+  for (int64_t i = 0; i < words[kPlanLocal]; ++i) {
+    const int64_t count = plan.expert_counts()[i];
+    if (count < 0) return "it counts " + std::to_string(count) + " rows of an expert";
+    rows += align_up(count, words[kPlanAlignment]);
+  }
+  if (expand && rows != words[kPlanRows])
+    return "its experts have " + std::to_string(rows) + " rows, and its header tells of " +
+           std::to_string(words[kPlanRows]);
   return {};
 }
 
