@@ -1,1 +1,1 @@
-"""Parts of bench_dispatch_combine.py, which defines what is measured."""
+"""Parts of the benchmarks, whose docstrings define what is measured."""
