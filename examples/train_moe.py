@@ -22,6 +22,7 @@ two runs, whose losses were seen to differ by up to 1.4e-2; the comparison says 
 from __future__ import annotations
 
 import argparse
+import atexit
 import hashlib
 import json
 import os
@@ -209,6 +210,7 @@ def train(args: argparse.Namespace, device: torch.device) -> bool:
     for step in progress(steps, lambda: f"loss {record['loss'][-1]:.4f}") if rank == 0 else steps:
         if step == profile_from:
             profile.start()
+            atexit.register(profile.stop)  # with a profiler that still runs, torch crashes at exit
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / WARMUP_STEPS)
@@ -238,6 +240,7 @@ def train(args: argparse.Namespace, device: torch.device) -> bool:
     profiled = seconds[profile_from - start :]
     if profiled:
         profile.stop()
+        atexit.unregister(profile.stop)
         parts = [*exchange_seconds(profile, device.type == "cuda"), sum(profiled)]
         sums = torch.tensor(parts, dtype=torch.float64, device=device)
         dist.all_reduce(sums)
