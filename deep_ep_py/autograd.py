@@ -120,7 +120,8 @@ def plan(
         buffer: must live until the last operation along the plan, backward passes included.
         num_experts: E, over all ranks.
         expand: one row per token and slot, sorted by local expert, source rank, source token and slot.
-        expert_alignment: expanded blocks of experts start at multiples of it; gaps are zero, also in gradients.
+        expert_alignment: expanded blocks of experts start at multiples of it, at most 65536; gaps are zero, also in
+            gradients.
         num_max_tokens_per_rank: M, at least T, equal on all ranks; default: the buffer's.
         do_cpu_sync: exact numbers of rows; else the worst case for M, valid rows first, zeros behind: sizes are then
             static for compilers.

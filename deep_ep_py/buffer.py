@@ -222,7 +222,7 @@ class Buffer:
             handle: of an earlier dispatch, whose routing is repeated (then no layout and no top-k).
             num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: from :meth:`get_dispatch_layout`.
             topk_idx: [T, K] int64, topk_weights: [T, K] float32; both or neither.
-            expert_alignment: counts per expert are rounded up to a multiple of it.
+            expert_alignment: counts per expert are rounded up to a multiple of it; at most 65536.
             num_worst_tokens: rows of all outputs, fixed in advance; tail rows have ``recv_topk_idx`` -1.
             config: ``num_sms`` bounds the copy threads.
             previous_event: waited for before anything is published. async_finish: return before rows have arrived; wait

@@ -40,6 +40,8 @@ class ElasticBuffer:
         num_cpu_bytes, deterministic (results always are), sl_idx, num_allocated_qps, num_gpu_timeout_secs,
             explicitly_destroy: accepted; they mean nothing here.
 
+    ``number`` is the buffer's number in this process, by which operators are told it.
+
     Construction is collective over the group. Results belong to the caller and outlive the buffer.
 
     Raises:
@@ -226,7 +228,8 @@ class ElasticBuffer:
                 added; not on cached calls.
             num_experts: E, over all ranks. num_max_tokens_per_rank: M, at least T, equal on all ranks; default: the
                 constructor's.
-            expert_alignment: expert blocks start at multiples of it, reported counts are rounded up to it; default 1.
+            expert_alignment: expert blocks start at multiples of it, reported counts are rounded up to it; default
+                1, at most 65536.
             num_sms: upper bound of copy threads; 0: the default.
             handle: of an earlier dispatch, whose routing is repeated; the same ``do_expand``.
             do_handle_copy: the handle keeps a copy of ``topk_idx``, not the caller's tensor.

@@ -152,6 +152,13 @@ def _dispatch_fake(
 
 def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
     x, weights, packed, buffer, num_rows, expand, background = inputs
+    _save_tokens(ctx, packed, x, weights, buffer, num_rows, expand, background)
+
+
+def _save_tokens(
+    ctx: Any, packed: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None, buffer: int, num_rows: int,
+    expand: bool, background: bool,
+) -> None:  # fmt: skip
     ctx.packed = packed
     columns, dtype = (0, None) if weights is None else (weights.shape[1], weights.dtype)
     ctx.shape = (buffer, *x.shape, x.dtype, num_rows, columns, dtype, expand, background)
@@ -201,9 +208,7 @@ def _plan_dispatch_fake(
 
 def _save_plan_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
     x, weights, _, buffer, _, _, _, expand, _, background = inputs
-    ctx.packed = output[0]
-    columns, dtype = (0, None) if weights is None else (weights.shape[1], weights.dtype)
-    ctx.shape = (buffer, *x.shape, x.dtype, output[1].shape[0], columns, dtype, expand, background)
+    _save_tokens(ctx, output[0], x, weights, buffer, output[1].shape[0], expand, background)
 
 
 def _plan_dispatch_backward(ctx: Any, gradients: Gradients) -> Any:

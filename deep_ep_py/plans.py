@@ -124,5 +124,5 @@ class Plan(NamedTuple):
 
 
 def plan_words(num_tokens: int, num_slots: int, num_ranks: int, num_local: int) -> int:
-    """Elements of a packed plan."""
+    """Elements of a packed plan. Not asked of the core, which checks it: compilers pass symbols for sizes."""
     return _C.plan_header_words + (num_ranks * num_ranks + num_local + 1) // 2 + num_tokens * num_slots

@@ -59,9 +59,13 @@ def large_round_trip(comm, backend):
     with v1.open_buffer(comm, backend) as buffer:
         layout = v1.layout_arguments(buffer.get_dispatch_layout(topk_idx[rank], LARGE.num_experts))
         arguments = {**layout, "topk_idx": topk_idx[rank], "topk_weights": topk_weights[rank]}
-        recv_x, recv_topk_idx, _, _, handle, _ = buffer.dispatch(x[rank], **arguments)
+        recv_x, recv_topk_idx, recv_weights, _, handle, _ = buffer.dispatch(x[rank], **arguments)
         assert_same_bits(recv_x, v1.reference.arrivals(x, in_rank, rank), "recv_x")
-        assert len(recv_topk_idx) == len(recv_x)
+        weights = v1.reference.arrivals(topk_weights, in_rank, rank)
+        assert_same_bits(recv_weights, torch.where(recv_topk_idx >= 0, weights, 0.0), "recv_topk_weights")
+        again, *_ = buffer.dispatch(y[rank], handle=handle)
+        assert_same_bits(again, v1.reference.arrivals(y, in_rank, rank), "recv_x, cached")
+        del again
         sent = v1.reference.arrivals(y, in_rank, rank)
         combined_x, _, _ = buffer.combine(sent + rank, handle)
         assert_same_bits(combined_x, large.total(y[rank], in_rank[rank]), "combined_x")
@@ -75,7 +79,7 @@ def test_large_round_trip(backend):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_round_trips_in_processes(num_ranks, backend):
     cases = tuple(c for c in (*CASES[:1], *IN_PROCESSES) if c.num_ranks == num_ranks)
     assert run_processes(num_ranks, v1.check_batch, cases, backend) == [len(cases)] * num_ranks
