@@ -22,12 +22,16 @@ class Routing:
     num_experts: int = 7
     num_topk: int = 2
     hidden: int = 2
+    choice: str = "mixed"  # or "none": no token has an expert; "hot": one expert has all slots
 
     @property
     def num_ranks(self) -> int:
         return len(self.num_tokens)
 
     def topk_idx(self, rank: int) -> torch.Tensor:
+        if self.choice != "mixed":
+            fill = -1 if self.choice == "none" else 0
+            return torch.full((self.num_tokens[rank], self.num_topk), fill)
         gen = torch.Generator().manual_seed(100 + rank)
         idx = torch.randint(0, self.num_experts - 1, (self.num_tokens[rank], self.num_topk), generator=gen)
         if len(idx) > 0:

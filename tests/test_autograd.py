@@ -46,6 +46,36 @@ def test_gradcheck(form, expand):
     in_threads(ROUTING, form, expand, "shm")
 
 
+AWKWARD = {
+    "one rank": Routing((3,), num_experts=4),
+    "no token has an expert": Routing((2, 0, 1), choice="none"),
+    "one expert has all": Routing((2, 0, 1), choice="hot"),
+    "fewer experts than ranks": Routing((2, 1, 1), num_experts=2),
+}
+
+
+@pytest.mark.parametrize("expand", [False, True], ids=["compact", "expanded"])
+@pytest.mark.parametrize("name", AWKWARD)
+def test_gradcheck_of_awkward_routings(name, expand):
+    for form in ("plan aligned", "one call async"):
+        in_threads(AWKWARD[name], form, expand, "shm")
+
+
+@pytest.mark.parametrize("backend", ["shm", "collective"])
+@pytest.mark.parametrize("expand", [False, True], ids=["compact", "expanded"])
+def test_no_tokens_anywhere(expand, backend):
+    routing = Routing((0, 0, 0), hidden=5)
+
+    def body(rank, buffer):
+        x = routing.floats(rank, 1, 5).requires_grad_()
+        weights = routing.floats(rank, 2, 2).requires_grad_()
+        out = layer("one call async", buffer, 7, expand, x, routing.topk_idx(rank), weights, x, torch.sin)
+        out.sum().backward()
+        return out.shape, x.grad.shape, weights.grad.shape
+
+    assert threads(routing, body, backend=backend) == [((0, 5), (0, 5), (0, 2))] * 3
+
+
 @pytest.mark.parametrize("expand", [False, True], ids=["compact", "expanded"])
 def test_gradcheck_collective(expand):
     in_threads(Routing((2, 0), num_experts=4), "plan async aligned", expand, "collective")
