@@ -58,7 +58,7 @@ void bind_engine(py::module_& m) {
   py::class_<PyEngine> engine(m, "Engine");
   engine
       .def(py::init([](uint64_t epoch, int rank, int num_ranks, double timeout_seconds, double spin_microseconds,
-                       uint64_t max_heap_bytes, uint64_t heap_bytes, int num_threads) {
+                       uint64_t max_heap_bytes, uint64_t heap_bytes, int num_threads, const std::vector<int>& names) {
              EngineOptions o;
              o.epoch = epoch;
              o.rank = rank;
@@ -68,10 +68,12 @@ void bind_engine(py::module_& m) {
              o.max_heap_bytes = max_heap_bytes;
              o.heap_bytes = heap_bytes;
              o.num_threads = num_threads;
+             o.names = names;
              return std::make_unique<PyEngine>(o);
            }),
            py::kw_only(), py::arg("epoch"), py::arg("rank"), py::arg("num_ranks"), py::arg("timeout_seconds"),
-           py::arg("spin_microseconds"), py::arg("max_heap_bytes"), py::arg("heap_bytes"), py::arg("num_threads"))
+           py::arg("spin_microseconds"), py::arg("max_heap_bytes"), py::arg("heap_bytes"), py::arg("num_threads"),
+           py::arg("names"))
       .def("endpoint",
            [](PyEngine& self) {
              const SegmentAddress a = self.get().endpoint();

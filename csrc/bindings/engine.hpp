@@ -6,5 +6,7 @@
 namespace deep_ep {
 
 void bind_engine(pybind11::module_& m);
+// Operations in pieces, for ranks in several domains; after bind_engine.
+void bind_hops(pybind11::module_& m);
 
 }  // namespace deep_ep

@@ -32,7 +32,8 @@ void set_python_error(const Error& error) {
       py::dict values;
       for (size_t r = 0; r < error.values.size(); ++r) {
         const bool word = error.names[r] != std::to_string(error.values[r]);
-        values[py::int_(r)] = word ? py::object(py::str(error.names[r])) : py::object(py::int_(error.values[r]));
+        values[py::int_(error.ranks[r])] =
+            word ? py::object(py::str(error.names[r])) : py::object(py::int_(error.values[r]));
       }
       fields["values"] = values;
       break;

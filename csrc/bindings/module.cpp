@@ -115,5 +115,6 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("from_"), py::arg("bytes"));
 #if DEEP_EP_HAS_SHM
   bind_engine(m);
+  bind_hops(m);
 #endif
 }

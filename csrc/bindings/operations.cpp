@@ -99,10 +99,11 @@ PyObject* dispatch_move(PyEngine& self, Values& v) {
 PyObject* combine(PyEngine& self, Values& v) {
   CombineParams p;
   const PackedPlan plan(v.pointer<int64_t>());
-  p.layout = static_cast<Layout>(plan[kPlanLayout]);
-  p.num_tokens = plan[kPlanTokens];
-  p.num_slots = static_cast<int>(plan[kPlanSlots]);
-  p.targets = plan.targets();
+  Pull& pull = p.pull;
+  pull.layout = static_cast<Layout>(plan[kPlanLayout]);
+  pull.num_tokens = plan[kPlanTokens];
+  pull.num_slots = static_cast<int>(plan[kPlanSlots]);
+  pull.targets = plan.targets();
   p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
   p.y = v.pointer<void>();
   p.y_rows = v.integer();
@@ -113,12 +114,12 @@ PyObject* combine(PyEngine& self, Values& v) {
   p.weights = v.pointer<void>();
   p.weight_bytes = static_cast<int>(v.integer());
   p.num_weights = static_cast<int>(v.integer());
-  p.num_bias = static_cast<int>(v.integer());
-  p.bias[0] = v.pointer<void>();
-  p.bias[1] = v.pointer<void>();
-  p.reduce_per_rank = v.flag();
-  p.out = v.pointer<void>();
-  p.out_weights = v.pointer<void>();
+  pull.num_bias = static_cast<int>(v.integer());
+  pull.bias[0] = v.pointer<void>();
+  pull.bias[1] = v.pointer<void>();
+  pull.reduce_per_rank = v.flag();
+  pull.out = v.pointer<void>();
+  pull.out_weights = v.pointer<void>();
   p.max_threads = static_cast<int>(v.integer());
   p.background = v.flag();
   const Events after = events_of(v.object());

@@ -18,14 +18,16 @@ class Recipe {
  public:
   Recipe(int num_slots, bool grouped) : grouped_(grouped), rows_(num_slots), ends_(grouped ? num_slots : 0) {}
 
-  // `address(target)`: where that row lies.
+  // `address(target)`: where that row lies; null: in another domain, whose rows are not this sum's.
   template <class Address>
   void gather(const int64_t* targets, int num_slots, Address&& address, ReduceRow* out) {
     int n = 0, groups = 0;
     for (int k = 0; k < num_slots; ++k) {
       if (!moves(targets[k])) continue;
+      const void* row = address(targets[k]);
+      if (row == nullptr) continue;
       if (!grouped_) {
-        rows_[n++] = address(targets[k]);
+        rows_[n++] = row;
         continue;
       }
       // A rank's slots are summed first and added at the position of its last one.
@@ -51,22 +53,22 @@ class Recipe {
 };
 
 // One token's weights. rank: every column summed over ranks; topk: slot k from the rank that owns it; expand: the
-// weight of slot k's own row. `weights[rank]`: that rank's [rows, num_weights].
+// weight of slot k's own row.
 template <class Weight>
-void combine_weights(const CombineParams& p, const int64_t* targets, const std::vector<const void*>& weights,
-                     int64_t t) {
-  const int columns = p.layout == Layout::rank ? p.num_weights : p.num_slots;
-  Weight* out = static_cast<Weight*>(p.out_weights) + t * columns;
+void combine_weights(const Pull& pull, int num_weights, const int64_t* targets, const SharedRows& from, int64_t t) {
+  const int columns = pull.layout == Layout::rank ? num_weights : pull.num_slots;
+  Weight* out = static_cast<Weight*>(pull.out_weights) + t * columns;
   std::fill(out, out + columns, Weight{0});
-  for (int k = 0; k < p.num_slots; ++k) {
+  for (int k = 0; k < pull.num_slots; ++k) {
     if (targets[k] < 0) continue;
-    const Weight* row =
-        static_cast<const Weight*>(weights[target_rank(targets[k])]) + target_row(targets[k]) * p.num_weights;
-    if (p.layout == Layout::rank)
+    const int r = from.world.local_of(target_rank(targets[k]));
+    if (r < 0) continue;
+    const Weight* row = static_cast<const Weight*>(from.weights[r]) + target_row(targets[k]) * num_weights;
+    if (pull.layout == Layout::rank)
       for (int j = 0; j < columns; ++j)
         out[j] += row[j];
     else
-      out[k] = row[p.layout == Layout::topk ? k : 0];
+      out[k] = row[pull.layout == Layout::topk ? k : 0];
   }
 }
 
@@ -75,17 +77,60 @@ void combine_weights(const CombineParams& p, const int64_t* targets, const std::
 std::shared_ptr<Event> Engine::combine(const CombineParams& params, const Events& previous,
                                        const Interrupted& interrupted) {
   require_sound();
-  return run(params.background, interrupted, [this, params, previous](const Interrupted& interrupt) {
+  auto flight = std::make_shared<CombineFlight>();
+  flight->params = params;
+  flight->params.world = {options_.num_ranks, options_.rank, nullptr};
+  return run(params.background, interrupted, [this, flight, previous](const Interrupted& interrupt) {
     Step step{{Op::combine, "copy", 0}, false, &interrupt};
     guarded(step, [&] {
       await(previous, step);
-      combine_now(params, step);
+      publish_rows(*flight, step);
+      enter(step, "pull");
+      reduce(flight->params, flight->params.pull, flight->published);
+      release(*flight, step);
     });
   });
 }
 
-// Rows that already lie in the heap are published where they are; others after one copy.
-BlockRef Engine::publish_rows(const CombineParams& p, BlockPtr* copy) {
+std::unique_ptr<CombineFlight> Engine::combine_begin(const CombineParams& params, const Events& previous,
+                                                     const Interrupted& interrupted) {
+  require_sound();
+  auto flight = std::make_unique<CombineFlight>();
+  flight->params = params;
+  run(false, interrupted, [&](const Interrupted& interrupt) {
+    Step step{{Op::combine, "copy", 0}, false, &interrupt};
+    guarded(step, [&] {
+      await(previous, step);
+      publish_rows(*flight, step);
+    });
+  });
+  return flight;
+}
+
+void Engine::combine_pull(const CombineFlight& flight, const Pull& pull, const Interrupted& interrupted) {
+  run(false, interrupted, [&](const Interrupted& interrupt) {
+    Step step{{Op::combine, "pull", flight.seq}, true, &interrupt};
+    guarded(step, [&] {
+      require_sound();
+      enter(step, "pull");
+      reduce(flight.params, pull, flight.published);
+    });
+  });
+}
+
+void Engine::combine_end(CombineFlight& flight, const Interrupted& interrupted) {
+  flight.ended = true;
+  run(false, interrupted, [&](const Interrupted& interrupt) {
+    Step step{{Op::combine, "release", flight.seq}, true, &interrupt};
+    guarded(step, [&] {
+      require_sound();
+      release(flight, step);
+    });
+  });
+}
+
+// Rows that already lie in the heap are shared where they are; others after one copy.
+BlockRef Engine::share_rows(const CombineParams& p, BlockPtr* copy) {
   BlockRef ref;
   const auto bytes = static_cast<uint64_t>(p.y_rows * p.row_bytes);
   if (bytes == 0) return ref;
@@ -114,15 +159,16 @@ void Engine::free_released() {
     lent_.pop_front();
 }
 
-void Engine::combine_now(const CombineParams& p, Step& step) {
+// The first part of a combine: tell where this rank's rows lie, learn where everyone's do.
+void Engine::publish_rows(CombineFlight& flight, Step& step) {
+  const CombineParams& p = flight.params;
   require_sound();
   free_released();
   if (hook_) hook_("copy");
   BlockPtr copy, weights;
-  BlockRef rows;
   std::string out_of_memory;
   try {
-    rows = publish_rows(p, &copy);
+    flight.rows = share_rows(p, &copy);
     const size_t weight_bytes = static_cast<size_t>(p.y_rows) * p.num_weights * p.weight_bytes;
     if (weight_bytes) {
       weights = heap_->allocate(weight_bytes);
@@ -140,18 +186,18 @@ void Engine::combine_now(const CombineParams& p, Step& step) {
 
   enter(step, "publish");
   Record& record = next_record(step);
-  const int64_t fields[] = {static_cast<int64_t>(p.layout),
+  flight.seq = step.where.seq;
+  const int64_t fields[] = {static_cast<int64_t>(p.pull.layout),
                             p.hidden,
                             static_cast<int64_t>(p.dtype),
                             static_cast<int64_t>(p.digest),
                             p.num_weights,
                             p.num_weights ? p.weight_bytes : 0,
-                            p.reduce_per_rank};
+                            p.pull.reduce_per_rank};
   std::copy(std::begin(fields), std::end(fields), record.fields);
-  record.blocks[kRows] = rows;
-  if (weights) record.blocks[kWeightRows] = weights->ref();
-  const BlockRef weight_rows = record.blocks[kWeightRows];
-  const bool in_place = rows.bytes > 0 && !copy;
+  record.blocks[kRows] = flight.rows;
+  if (weights) flight.weights = record.blocks[kWeightRows] = weights->ref();
+  flight.in_place = flight.rows.bytes > 0 && !copy;
   // From here on they belong to their readers: whatever happens below, nobody gets them before all have released.
   if (copy) lent_.emplace_back(step.where.seq, std::move(copy));
   if (weights) lent_.emplace_back(step.where.seq, std::move(weights));
@@ -160,66 +206,73 @@ void Engine::combine_now(const CombineParams& p, Step& step) {
   const std::vector<Record> records = rendezvous(step);
 
   // Who may be reading our rows now: every peer, until it stores our number in `released`.
-  enter(step, "pull");
-  reduce(p, records);
+  SharedRows& all = flight.published;
+  all.world = p.world;
+  all.rows.assign(options_.num_ranks, nullptr);
+  all.weights.assign(options_.num_ranks, nullptr);
+  all.limit.assign(options_.num_ranks, 0);
+  for (int r = 0; r < options_.num_ranks; ++r) {
+    if (records[r].blocks[kRows].bytes) all.rows[r] = peers_->address(r, records[r].blocks[kRows]);
+    if (records[r].blocks[kWeightRows].bytes) all.weights[r] = peers_->address(r, records[r].blocks[kWeightRows]);
+    all.limit[r] = static_cast<int64_t>(records[r].blocks[kRows].bytes) / std::max<int64_t>(p.row_bytes, 1);
+  }
+}
+
+void Engine::release(CombineFlight& flight, Step& step) {
   // A peer that gave up meanwhile may have let its user write to rows we were reading: then the sums are worth nothing.
   peers_->raise_if_poisoned(step.where);
-
   enter(step, "release");
   peers_->signal_all(&Inbox::released, step.where.seq);
   // In place, the rows are the user's, who may write to them when we return. And a segment that is new with this
   // operation can be mapped only while we live. In both cases stay until everybody is done.
-  if (in_place || !mapped_by_all(rows) || !mapped_by_all(weight_rows)) {
+  if (flight.in_place || !mapped_by_all(flight.rows) || !mapped_by_all(flight.weights)) {
     enter(step, "release wait");
     peers_->wait(&Inbox::released, step.where.seq, step.where, *step.interrupted);
-    note_mapped(rows);
-    note_mapped(weight_rows);
+    note_mapped(flight.rows);
+    note_mapped(flight.weights);
   }
 }
 
-void Engine::reduce(const CombineParams& p, const std::vector<Record>& records) {
-  const int num_ranks = options_.num_ranks;
-  std::vector<const char*> rows(num_ranks, nullptr);
-  std::vector<const void*> weights(num_ranks, nullptr);
-  std::vector<int64_t> limit(num_ranks, 0);
-  for (int r = 0; r < num_ranks; ++r) {
-    if (records[r].blocks[kRows].bytes) rows[r] = peers_->address(r, records[r].blocks[kRows]);
-    if (records[r].blocks[kWeightRows].bytes) weights[r] = peers_->address(r, records[r].blocks[kWeightRows]);
-    limit[r] = static_cast<int64_t>(records[r].blocks[kRows].bytes) / std::max<int64_t>(p.row_bytes, 1);
-  }
-  for (int64_t i = 0; i < p.num_tokens * p.num_slots; ++i) {
-    if (p.targets[i] < 0) continue;
-    const int r = target_rank(p.targets[i]);
-    if (r >= num_ranks || target_row(p.targets[i]) >= limit[r])
-      throw Error(ErrorKind::general, "the handle names row " + std::to_string(target_row(p.targets[i])) + " of rank " +
-                                          std::to_string(r) + ", which published " +
-                                          std::to_string(r < num_ranks ? limit[r] : 0) +
+void Engine::reduce(const CombineParams& p, const Pull& pull, const SharedRows& from) {
+  for (int64_t i = 0; i < pull.num_tokens * pull.num_slots; ++i) {
+    const int64_t target = pull.targets[i];
+    if (target < 0) continue;
+    const int r = from.world.local_of(target_rank(target));
+    if (r < 0 && target_rank(target) < from.world.num_ranks) continue;  // another domain's
+    if (r < 0 || target_row(target) >= from.limit[r])
+      throw Error(ErrorKind::general, "the handle names row " + std::to_string(target_row(target)) + " of rank " +
+                                          std::to_string(target_rank(target)) + ", which published " +
+                                          std::to_string(r < 0 ? 0 : from.limit[r]) +
                                           " rows: it is not this combine's");
   }
   const auto reduce_row = kernels().reduce_row[static_cast<int>(p.dtype)];
-  const bool stream = p.num_tokens * p.row_bytes > kStreamBytes;
+  const bool stream = pull.num_tokens * p.row_bytes > kStreamBytes;
   const auto take_weights = p.weight_bytes == 8 ? &combine_weights<double> : &combine_weights<float>;
-  threads_.run(
-      p.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
-        FloatEnvironment nearest_and_no_flushing;
-        Recipe recipe(p.num_slots, p.reduce_per_rank);
-        ReduceRow row;
-        row.num_bias = p.num_bias;
-        row.elems = static_cast<size_t>(p.hidden);
-        row.stream = stream;
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t* targets = p.targets + t * p.num_slots;
-          recipe.gather(
-              targets, p.num_slots,
-              [&](int64_t target) { return rows[target_rank(target)] + target_row(target) * p.row_bytes; }, &row);
-          for (int b = 0; b < p.num_bias; ++b)
-            row.bias[b] = static_cast<const char*>(p.bias[b]) + t * p.row_bytes;
-          row.out = static_cast<char*>(p.out) + t * p.row_bytes;
-          reduce_row(row);
-          if (p.out_weights) take_weights(p, targets, weights, t);
-        }
-        if (stream) kernels().fence();
-      });
+  auto address = [&](int64_t target) -> const void* {
+    const int r = from.world.local_of(target_rank(target));
+    return r < 0 ? nullptr : from.rows[r] + target_row(target) * p.row_bytes;
+  };
+  threads_.run(pull.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background),
+               [&](int64_t begin, int64_t end) {
+                 FloatEnvironment nearest_and_no_flushing;
+                 Recipe recipe(pull.num_slots, pull.reduce_per_rank);
+                 ReduceRow row;
+                 row.num_bias = pull.num_bias;
+                 row.elems = static_cast<size_t>(p.hidden);
+                 row.stream = stream;
+                 for (int64_t t = begin; t < end; ++t) {
+                   const int64_t* targets = pull.targets + t * pull.num_slots;
+                   if (pull.out) {
+                     recipe.gather(targets, pull.num_slots, address, &row);
+                     for (int b = 0; b < pull.num_bias; ++b)
+                       row.bias[b] = static_cast<const char*>(pull.bias[b]) + t * p.row_bytes;
+                     row.out = static_cast<char*>(pull.out) + t * p.row_bytes;
+                     reduce_row(row);
+                   }
+                   if (pull.out_weights) take_weights(pull, p.num_weights, targets, from, t);
+                 }
+                 if (stream) kernels().fence();
+               });
 }
 
 }  // namespace deep_ep

@@ -15,11 +15,26 @@ void Engine::dispatch_move(DispatchFlight& flight, const DispatchOutputs& output
   DispatchFlight* f = &flight;
   flight.moved = true;
   flight.event = run(flight.params.background, interrupted, [this, f, outputs](const Interrupted& interrupt) {
-    Step step{{f->params.cached ? Op::cached_dispatch : Op::dispatch, "place", f->seq}, true, &interrupt};
+    const DispatchParams& p = f->params;
+    Step step{{p.cached ? Op::cached_dispatch : Op::dispatch, "place", f->seq}, true, &interrupt};
     guarded(step, [&] {
       require_sound();
       enter(step, "place");
-      place(*f);
+      std::vector<int64_t> first_token(options_.num_ranks);
+      for (int r = 0; r < options_.num_ranks; ++r)
+        first_token[r] = f->destinations[r].first_token;
+      Source own;
+      own.num_tokens = p.num_tokens;
+      own.num_slots = p.num_slots;
+      own.targets = p.targets;
+      own.x = p.x;
+      own.x_stride_bytes = p.x_stride_bytes;
+      own.sf = p.sf;
+      own.sf_stride_bytes = p.sf_bytes;
+      own.topk_idx = p.topk_idx;
+      own.topk_weights = p.topk_weights;
+      own.first_token = first_token.data();
+      place(*f, own);
       enter(step, "arrive");
       arrive(*f, step);
       deliver(*f, outputs);
@@ -27,44 +42,74 @@ void Engine::dispatch_move(DispatchFlight& flight, const DispatchOutputs& output
   });
 }
 
-// Writes every row of this rank at its final place. Who may be reading there: nobody. The block was offered in this
-// operation's record, and its owner hands it to its user only after every source has signalled arrival.
-void Engine::place(DispatchFlight& flight) {
+void Engine::dispatch_place(DispatchFlight& flight, const Source& source, const Interrupted& interrupted) {
+  run(false, interrupted, [&](const Interrupted& interrupt) {
+    Step step{{flight.params.cached ? Op::cached_dispatch : Op::dispatch, "place", flight.seq}, true, &interrupt};
+    guarded(step, [&] {
+      require_sound();
+      enter(step, "place");
+      place(flight, source);
+    });
+  });
+}
+
+void Engine::dispatch_finish(DispatchFlight& flight, const DispatchOutputs& outputs, const Interrupted& interrupted) {
+  flight.moved = true;
+  run(false, interrupted, [&](const Interrupted& interrupt) {
+    Step step{{flight.params.cached ? Op::cached_dispatch : Op::dispatch, "arrive", flight.seq}, true, &interrupt};
+    guarded(step, [&] {
+      require_sound();
+      enter(step, "arrive");
+      arrive(flight, step);
+      deliver(flight, outputs);
+    });
+  });
+}
+
+// Writes every row of a source at its final place. Who may be reading there: nobody. The block was offered in this
+// operation's record, and its owner hands it to its user only after every rank of the domain has signalled arrival.
+void Engine::place(DispatchFlight& flight, const Source& source) {
   const DispatchParams& p = flight.params;
   const Kernels& kernel = kernels();
   const bool expand = p.layout == Layout::expand;
+  const int num_slots = source.num_slots;
   int64_t moved = 0;
-  for (int64_t i = 0; i < p.num_tokens * p.num_slots; ++i) {
-    if (!moves(p.targets[i])) continue;
+  for (int64_t i = 0; i < source.num_tokens * num_slots; ++i) {
+    const int64_t target = source.targets[i];
+    if (!moves(target)) continue;
+    const int r = p.world.local_of(target_rank(target));
+    if (r < 0 && target_rank(target) < p.world.num_ranks) continue;  // another domain's
     ++moved;
-    const int r = target_rank(p.targets[i]);
-    if (r >= options_.num_ranks || target_row(p.targets[i]) >= flight.destinations[r].row_limit)
-      throw Error(ErrorKind::general, "the handle names row " + std::to_string(target_row(p.targets[i])) + " of rank " +
-                                          std::to_string(r) + ", which has no such row: it is not this dispatch's");
+    if (r < 0 || target_row(target) >= flight.destinations[r].row_limit)
+      throw Error(ErrorKind::general, "the handle names row " + std::to_string(target_row(target)) + " of rank " +
+                                          std::to_string(target_rank(target)) +
+                                          ", which has no such row: it is not this dispatch's");
   }
-  const bool stream = moved * p.row_bytes > kStreamBytes;
-  const auto* x = static_cast<const char*>(p.x);
-  const auto* sf = static_cast<const char*>(p.sf);
+  const bool stream = std::max(moved, flight.num_rows) * p.row_bytes > kStreamBytes;
+  const auto* x = static_cast<const char*>(source.x);
+  const auto* sf = source.rows ? static_cast<const char*>(source.sf) : nullptr;
 
-  const auto* all_weights = static_cast<const char*>(p.topk_weights);
+  const auto* all_weights = static_cast<const char*>(source.topk_weights);
   const int64_t weight_row = static_cast<int64_t>(p.num_topk) * p.weight_bytes;
+  const bool copy_x = source.rows && p.row_bytes > 0;
   // Whether slot j of the token is an expert of rank r. V1's targets know ranks, not slots.
   auto owns = [&](int64_t t, int j, int r) {
     if (p.layout == Layout::topk) {
-      const int64_t target = p.targets[t * p.num_slots + j];
+      const int64_t target = source.targets[t * num_slots + j];
       return target >= 0 && target_rank(target) == r;
     }
-    const int64_t e = p.topk_idx[t * p.num_topk + j];
+    const int64_t e = source.topk_idx[t * p.num_topk + j];
     return e >= 0 && p.placement.rank[e] == r;
   };
   auto small = [&](int64_t t, const Destination& d, int r, int64_t row) {
     // Compact layouts: the small arrays of one row.
     if (!p.cached) {
-      reinterpret_cast<int32_t*>(d.scratch + d.layout.src)[row] = static_cast<int32_t>(t);
+      reinterpret_cast<int32_t*>(d.scratch + d.layout.src)[row] =
+          source.tokens ? source.tokens[t] : static_cast<int32_t>(t);
       if (p.has_topk) {
         auto* ids = reinterpret_cast<int64_t*>(d.scratch + d.layout.topk) + row * p.num_topk;
         for (int j = 0; j < p.num_topk; ++j) {
-          const int64_t e = p.topk_idx[t * p.num_topk + j];
+          const int64_t e = source.topk_idx[t * p.num_topk + j];
           const bool owned = e >= 0 && p.placement.rank[e] == r;
           ids[j] = owned ? p.placement.local[e] : -1;
         }
@@ -80,50 +125,55 @@ void Engine::place(DispatchFlight& flight) {
   };
 
   threads_.run(
-      p.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
-        std::vector<void*> x_rows(p.num_slots), sf_rows(p.num_slots);
+      source.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
+        std::vector<void*> x_rows(num_slots), sf_rows(num_slots);
         for (int64_t t = begin; t < end; ++t) {
           int n = 0;
-          for (int k = 0; k < p.num_slots; ++k) {
-            const int64_t target = p.targets[t * p.num_slots + k];
+          for (int k = 0; k < num_slots; ++k) {
+            const int64_t target = source.targets[t * num_slots + k];
             if (!moves(target)) continue;
-            const int r = target_rank(target);
+            const int r = p.world.local_of(target_rank(target));
+            if (r < 0) continue;
             const int64_t row = target_row(target);
             const Destination& d = flight.destinations[r];
             x_rows[n] = d.x + row * p.row_bytes;
             if (sf) sf_rows[n] = d.sf + row * p.sf_bytes;
             ++n;
+            if (!source.small) continue;
             if (!expand)
-              small(t, d, r, row);
+              small(t, d, target_rank(target), row);
             else if (p.has_weights)
               std::memcpy(d.scratch + d.layout.weights + row * p.weight_bytes,
                           all_weights + t * weight_row + static_cast<ptrdiff_t>(k) * p.weight_bytes, p.weight_bytes);
           }
           if (n == 0) continue;
-          if (p.row_bytes)
-            kernel.copy_row(x + t * p.x_stride_bytes, x_rows.data(), n, static_cast<size_t>(p.row_bytes), stream);
-          if (sf) kernel.copy_row(sf + t * p.sf_bytes, sf_rows.data(), n, static_cast<size_t>(p.sf_bytes), false);
+          if (copy_x)
+            kernel.copy_row(x + t * source.x_stride_bytes, x_rows.data(), n, static_cast<size_t>(p.row_bytes), stream);
+          if (sf)
+            kernel.copy_row(sf + t * source.sf_stride_bytes, sf_rows.data(), n, static_cast<size_t>(p.sf_bytes), false);
         }
         if (stream) kernel.fence();
       });
+  if (expand && !p.cached && source.small) describe_slots(flight, source);
+}
 
-  if (!expand || p.cached) return;
-  // Expanded: one metadata row per token and destination: the source token, then its row per slot.
-  std::vector<int64_t> next(options_.num_ranks);
+// Expanded: one metadata row per token and destination: the source token, then its row per slot.
+void Engine::describe_slots(DispatchFlight& flight, const Source& source) {
+  const DispatchParams& p = flight.params;
+  std::vector<int64_t> next(source.first_token, source.first_token + options_.num_ranks);
   std::vector<int64_t> seen(options_.num_ranks, -1);
-  for (int r = 0; r < options_.num_ranks; ++r)
-    next[r] = flight.destinations[r].first_token;
-  for (int64_t t = 0; t < p.num_tokens; ++t)
-    for (int k = 0; k < p.num_slots; ++k) {
-      const int64_t target = p.targets[t * p.num_slots + k];
+  for (int64_t t = 0; t < source.num_tokens; ++t)
+    for (int k = 0; k < source.num_slots; ++k) {
+      const int64_t target = source.targets[t * source.num_slots + k];
       if (target < 0) continue;
-      const int r = target_rank(target);
+      const int r = p.world.local_of(target_rank(target));
+      if (r < 0) continue;
       const Destination& d = flight.destinations[r];
       auto* all = reinterpret_cast<int32_t*>(d.scratch + d.layout.src);
       if (seen[r] != t) {
         seen[r] = t;
         int32_t* meta = all + next[r]++ * (1 + p.num_topk);
-        meta[0] = static_cast<int32_t>(t);
+        meta[0] = source.tokens ? source.tokens[t] : static_cast<int32_t>(t);
         std::fill(meta + 1, meta + 1 + p.num_topk, -1);
       }
       all[(next[r] - 1) * (1 + p.num_topk) + 1 + k] = static_cast<int32_t>(target_row(target));
@@ -144,7 +194,7 @@ void Engine::deliver(DispatchFlight& flight, const DispatchOutputs& out) {
   const DispatchParams& p = flight.params;
   const int64_t tokens = flight.num_recv_tokens, rows = flight.num_rows;
   const bool expand = p.layout == Layout::expand;
-  const int num_ranks = options_.num_ranks;
+  const int num_ranks = p.world.num_ranks;
   const char* scratch = flight.scratch ? flight.scratch->data : nullptr;
   const ScratchLayout& at = flight.destinations[options_.rank].layout;
   if (out.recv_topk_weights && scratch)
@@ -165,7 +215,7 @@ void Engine::deliver(DispatchFlight& flight, const DispatchOutputs& out) {
       const int width = expand ? 1 + p.num_topk : 1;
       int64_t row = 0;
       for (int s = 0; s < num_ranks; ++s)
-        for (const int64_t end = p.rank_prefix[s * num_ranks + options_.rank]; row < end; ++row) {
+        for (const int64_t end = p.rank_prefix[s * num_ranks + p.world.rank]; row < end; ++row) {
           int32_t* meta = out.recv_meta + row * (2 + p.num_topk);
           meta[0] = static_cast<int32_t>(s * flight.num_max_tokens_per_rank) + src[row * width];
           meta[1] = s;

@@ -33,6 +33,7 @@ const std::vector<const char*>& field_names(Op op) {
     case Op::combine:
       return combine;
     case Op::barrier:
+    case Op::gather:
       return none;
   }
   return none;
@@ -58,7 +59,7 @@ Engine::Engine(const EngineOptions& options)
     : options_(options),
       peers_(
           std::make_unique<Peers>(PeersOptions{options.epoch, options.rank, options.num_ranks, options.timeout_seconds,
-                                               options.spin_microseconds, options.share_mappings})),
+                                               options.spin_microseconds, options.names, options.share_mappings})),
       heap_(
           std::make_shared<Heap>(HeapOptions{options.epoch, options.rank, options.num_ranks, options.max_heap_bytes})),
       threads_(options.num_threads) {
@@ -237,8 +238,9 @@ void Engine::check_agreement(const Step& step, const std::vector<Record>& record
   for (int r = 0; r < options_.num_ranks; ++r)
     if (records[r].status == Status::failed) failed.push_back(r);
   if (!failed.empty()) {
-    Error error(ErrorKind::argument, "refused on rank " + std::to_string(failed[0]) + ": " + records[failed[0]].text);
-    error.ranks = failed;
+    Error error(ErrorKind::argument,
+                "refused on rank " + std::to_string(peers_->name(failed[0])) + ": " + records[failed[0]].text);
+    error.ranks = peers_->names(failed);
     error.agreed = true;
     throw error;
   }
@@ -251,8 +253,8 @@ void Engine::check_agreement(const Step& step, const std::vector<Record>& record
     for (int r = 0; r < options_.num_ranks; ++r) {
       error.values.push_back(static_cast<int64_t>(value(records[r])));
       error.names.push_back(word(records[r]));
-      error.message += (r ? ", rank " : " rank ") + std::to_string(r) + ": " + error.names.back();
-      error.ranks.push_back(r);
+      error.message += (r ? ", rank " : " rank ") + std::to_string(peers_->name(r)) + ": " + error.names.back();
+      error.ranks.push_back(peers_->name(r));
     }
     error.message += ". Nothing was moved; every rank must make the same calls with the same arguments.";
     error.field = field;
@@ -287,6 +289,25 @@ void Engine::barrier(const Interrupted& interrupted) {
   });
 }
 
+// Everyone's block is read between this rendezvous and the next one: the rule for records holds for it too.
+void Engine::gather(const void* own, uint64_t bytes, void* all, const Interrupted& interrupted) {
+  run(false, interrupted, [&](const Interrupted& interrupt) {
+    Step step{{Op::gather, "publish", 0}, false, &interrupt};
+    guarded(step, [&] {
+      Record& record = next_record(step);
+      BlockPtr& block = counts_[step.where.seq % 2];
+      if (!block || block->bytes < bytes) block = heap_->allocate(std::max<uint64_t>(bytes, 64));
+      std::memcpy(block->data, own, bytes);
+      record.counts = block->ref();
+      publish(step);
+      enter(step, "notify");
+      const std::vector<Record> records = rendezvous(step);
+      for (int r = 0; r < options_.num_ranks; ++r)
+        std::memcpy(static_cast<char*>(all) + r * bytes, peers_->address(r, records[r].counts), bytes);
+    });
+  });
+}
+
 void Engine::fail(Op op, const std::string& text, const Interrupted& interrupted) {
   run(false, interrupted, [&](const Interrupted& interrupt) {
     Step step{{op, "publish", 0}, false, &interrupt};
@@ -316,6 +337,11 @@ void Engine::abandon(const DispatchFlight& flight) noexcept {
   } catch (...) {
     // Closed already: peers see that.
   }
+}
+
+void Engine::poison(const Error& error) {
+  Inside inside(*this);
+  give_up(error, Op::barrier);
 }
 
 int Engine::threads_for(int max_threads, bool background) const {

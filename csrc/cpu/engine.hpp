@@ -25,6 +25,7 @@ struct EngineOptions {
   uint64_t max_heap_bytes = 0;
   uint64_t heap_bytes = 0;  // prefaulted at construction
   int num_threads = 1;
+  std::vector<int> names;                          // what errors call each rank; empty: its number here
   std::shared_ptr<SharedMappings> share_mappings;  // tests only; see peers.hpp
 };
 
@@ -56,14 +57,28 @@ class Engine {
   std::unique_ptr<DispatchFlight> dispatch_begin(const DispatchParams& params, const Events& previous,
                                                  const Interrupted& interrupted);
   void dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Interrupted& interrupted);
+  // The same in pieces, for rows that come from other domains: any number of sources, then the end. Not background.
+  void dispatch_place(DispatchFlight& flight, const Source& source, const Interrupted& interrupted);
+  void dispatch_finish(DispatchFlight& flight, const DispatchOutputs& outputs, const Interrupted& interrupted);
   // Null: complete when it returned.
   std::shared_ptr<Event> combine(const CombineParams& params, const Events& previous, const Interrupted& interrupted);
+  // In pieces: publish and meet, any number of pulls, release.
+  std::unique_ptr<CombineFlight> combine_begin(const CombineParams& params, const Events& previous,
+                                               const Interrupted& interrupted);
+  void combine_pull(const CombineFlight& flight, const Pull& pull, const Interrupted& interrupted);
+  void combine_end(CombineFlight& flight, const Interrupted& interrupted);
+  // The recipe alone, over arrays of this process: `from` names them in place of ranks.
+  void reduce(const CombineParams& params, const Pull& pull, const SharedRows& from);
   void barrier(const Interrupted& interrupted);
+  // Everyone's `bytes` bytes, by rank, into `all`.
+  void gather(const void* own, uint64_t bytes, void* all, const Interrupted& interrupted);
   // Takes this rank's place in the order with a failed record; peers raise `text`.
   void fail(Op op, const std::string& text, const Interrupted& interrupted);
 
   // A dispatch that was begun will not be moved: peers must not wait for its rows.
   void abandon(const DispatchFlight& flight) noexcept;
+  // Peers raise `error` from now on.
+  void poison(const Error& error);
 
   // Null where the user already holds as much as the heap may give, or the system has no more to give.
   BlockPtr allocate_result(uint64_t bytes);
@@ -121,15 +136,16 @@ class Engine {
   void make_offers(DispatchFlight& flight, Record& record, const Counts& counts);
   void second_records(DispatchFlight& flight, Step& step, std::vector<Record>& records);
   // dispatch.cpp
-  void place(DispatchFlight& flight);
+  void place(DispatchFlight& flight, const Source& source);
+  void describe_slots(DispatchFlight& flight, const Source& source);
   void arrive(DispatchFlight& flight, Step& step);
   void deliver(DispatchFlight& flight, const DispatchOutputs& outputs);
   void describe_rows(DispatchFlight& flight, const DispatchOutputs& outputs);
   void zero_gaps(DispatchFlight& flight, const DispatchOutputs& outputs);
   // combine.cpp
-  void combine_now(const CombineParams& params, Step& step);
-  BlockRef publish_rows(const CombineParams& params, BlockPtr* copy);
-  void reduce(const CombineParams& params, const std::vector<Record>& records);
+  void publish_rows(CombineFlight& flight, Step& step);
+  BlockRef share_rows(const CombineParams& params, BlockPtr* copy);
+  void release(CombineFlight& flight, Step& step);
   void free_released();
   // Peers map a segment when a record first names a block in it, and can do so only while this rank lives.
   bool mapped_by_all(const BlockRef& ref) const {
@@ -146,7 +162,7 @@ class Engine {
   std::function<void(const char*)> hook_;
   uint64_t seq_ = 0;
   bool rendezvous_open_ = false;                    // the last operation ended without seeing everyone's record
-  BlockPtr counts_[2];                              // of records in slot 0 and 1
+  BlockPtr counts_[2];                              // of records in slot 0 and 1; counts, or what is gathered
   std::vector<bool> mapped_;                        // by segment
   int64_t expected_rows_ = 0;                       // of the next dispatch: what offers are made for
   std::deque<std::pair<uint64_t, BlockPtr>> lent_;  // copied combine inputs, until every reader released them

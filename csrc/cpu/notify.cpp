@@ -48,6 +48,7 @@ std::unique_ptr<DispatchFlight> Engine::dispatch_begin(const DispatchParams& par
                                                        const Interrupted& interrupted) {
   auto flight = std::make_unique<DispatchFlight>();
   flight->params = params;
+  if (params.world.num_ranks == 0) flight->params.world = {options_.num_ranks, options_.rank, nullptr};
   run(false, interrupted, [&](const Interrupted& interrupt) {
     Step step{{params.cached ? Op::cached_dispatch : Op::dispatch, "layout", 0}, false, &interrupt};
     guarded(step, [&] {
@@ -83,8 +84,9 @@ void Engine::count(DispatchFlight& flight, Step& step, Counts* counts) {
 // Offers are blocks of the own heap into which peers will write, picked before anybody knows the counts.
 void Engine::make_offers(DispatchFlight& flight, Record& record, const Counts& counts) {
   const DispatchParams& p = flight.params;
+  const bool known = p.cached || p.counted;
   int64_t rows = p.num_rows;
-  if (!p.cached) {
+  if (!known) {
     // What came last time and a margin; the first time, as much as this rank sends.
     const int64_t sent = p.layout == Layout::expand
                              ? std::accumulate(counts.per_expert.begin(), counts.per_expert.end(), int64_t{0})
@@ -93,17 +95,20 @@ void Engine::make_offers(DispatchFlight& flight, Record& record, const Counts& c
   }
   const int64_t output_rows = p.num_worst_tokens >= 0 ? p.num_worst_tokens : rows;
   flight.staged = heap_->over_limit(static_cast<uint64_t>(output_rows) * (p.row_bytes + p.sf_bytes));
-  const bool fixed = (p.cached || p.num_worst_tokens >= 0) && !flight.staged;
+  const bool fixed = (known || p.num_worst_tokens >= 0) && !flight.staged;
   const int64_t offered = fixed ? output_rows : rows;
   const int weight_bytes = weight_bytes_of(p);
-  const auto small = p.cached
-                         ? static_cast<uint64_t>(rows * (p.layout == Layout::expand ? 1 : p.num_topk) * weight_bytes)
-                         : scratch_layout(p.layout, rows, rows, p.num_topk, p.has_topk, weight_bytes).bytes;
-  if (p.sf_bytes) flight.sf = heap_->allocate(static_cast<uint64_t>(offered * p.sf_bytes), !fixed || p.cached);
+  const auto small =
+      p.cached
+          ? static_cast<uint64_t>(rows * (p.layout == Layout::expand ? 1 : p.num_topk) * weight_bytes)
+          : scratch_layout(p.layout, p.counted ? p.num_recv_tokens : rows, rows, p.num_topk, p.has_topk, weight_bytes)
+                .bytes;
+  const bool prefault = p.cached || p.num_worst_tokens < 0 || flight.staged;  // a worst case stays reserved
+  if (p.sf_bytes) flight.sf = heap_->allocate(static_cast<uint64_t>(offered * p.sf_bytes), prefault);
   if (small) flight.scratch = heap_->allocate(small);
   const auto x_bytes = static_cast<uint64_t>(offered * p.row_bytes);
-  // A cached dispatch has no second record: its offer must hold.
-  flight.x = fixed || p.cached ? heap_->allocate(x_bytes, p.cached) : heap_->allocate_extent(x_bytes);
+  // Where the counts are known there is no second record: the offer must hold.
+  flight.x = fixed || known ? heap_->allocate(x_bytes, prefault) : heap_->allocate_extent(x_bytes);
   record.blocks[kX] = flight.x->ref();
   if (flight.sf) record.blocks[kScaleFactors] = flight.sf->ref();
   if (flight.scratch) record.blocks[kScratch] = flight.scratch->ref();
@@ -116,7 +121,8 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
   free_released();
   if (hook_) hook_("layout");
   Counts counts;
-  if (!p.cached) count(flight, step, &counts);
+  const bool known = p.cached || p.counted;
+  if (!known) count(flight, step, &counts);
 
   enter(step, "publish");
   Record& record = next_record(step);
@@ -136,7 +142,7 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
                                       p.num_worst_tokens};
   std::copy(std::begin(fields), std::end(fields), record.fields);
   try {
-    if (!p.cached) {
+    if (!known) {
       BlockPtr& block = counts_[step.where.seq % 2];
       const size_t ranks_bytes = counts.per_rank.size() * 4, experts_bytes = counts.per_expert.size() * 4;
       if (!block || block->bytes < ranks_bytes + experts_bytes) block = heap_->allocate(ranks_bytes + experts_bytes);
@@ -161,9 +167,10 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
     for (const Record& r : records)
       flight.num_max_tokens_per_rank = std::max(flight.num_max_tokens_per_rank, r.fields[kNumTokens]);
 
-  if (p.cached) {
+  if (known) {
     flight.digest = p.digest;
     flight.num_rows = p.num_rows;
+    flight.num_recv_tokens = p.num_recv_tokens;
   } else {
     ++counters_.rendezvous_with_counts;
     const int num_experts = p.placement.num_experts, me = options_.rank;
@@ -230,9 +237,11 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
     if (p.sf_bytes) d.sf = peers_->address(r, records[r].blocks[kScaleFactors]);
     if (records[r].blocks[kScratch].bytes) d.scratch = peers_->address(r, records[r].blocks[kScratch]);
     if (p.cached) continue;
-    d.layout =
-        scratch_layout(p.layout, flight.matrix.tokens_to(r), p.layout == Layout::expand ? flight.expanded.rows[r] : 0,
-                       p.num_topk, p.has_topk, weight_bytes_of(p));
+    const bool expand = p.layout == Layout::expand;
+    const int64_t tokens = p.counted ? p.tokens_to[r] : flight.matrix.tokens_to(r);
+    const int64_t rows = !expand ? 0 : p.counted ? p.rows_to[r] : flight.expanded.rows[r];
+    d.layout = scratch_layout(p.layout, tokens, rows, p.num_topk, p.has_topk, weight_bytes_of(p));
+    if (p.counted) continue;
     for (int s = 0; s < options_.rank; ++s)
       d.first_token += flight.matrix.rank[static_cast<size_t>(s) * num_ranks + r];
   }

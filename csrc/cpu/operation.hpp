@@ -22,6 +22,32 @@ using Events = std::vector<std::shared_ptr<Event>>;
 // store reads the line first.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
+// The ranks that targets and placements name, where these are more than the engine's own: several domains.
+struct World {
+  int num_ranks = 0;
+  int rank = 0;
+  const int32_t* local = nullptr;  // [num_ranks] number in this engine, -1: another domain's; null: the same ranks
+  int local_of(int rank) const { return rank >= num_ranks ? -1 : local ? local[rank] : rank; }
+};
+
+// Tokens of one origin whose rows this rank places: its own, or those of a rank in another domain that it relays. Rows
+// and small arrays may be placed by different calls.
+struct Source {
+  int64_t num_tokens = 0;
+  int num_slots = 0;                 // columns of targets
+  const int64_t* targets = nullptr;  // final rows; those of ranks in other domains are skipped
+  bool rows = true;
+  const void* x = nullptr;
+  int64_t x_stride_bytes = 0;
+  const void* sf = nullptr;
+  int64_t sf_stride_bytes = 0;
+  bool small = true;                  // source indices, top-k ids and weights
+  const int32_t* tokens = nullptr;    // [num_tokens] their indices at the origin; null: 0, 1, ...
+  const int64_t* topk_idx = nullptr;  // [num_tokens, num_topk]
+  const void* topk_weights = nullptr;
+  const int64_t* first_token = nullptr;  // expand, [ranks of the engine]: the origin's first among their unique tokens
+};
+
 struct DispatchParams {
   Layout layout = Layout::topk;
   bool cached = false;
@@ -43,8 +69,14 @@ struct DispatchParams {
   int64_t* targets = nullptr;        // [num_tokens, num_slots]
   int32_t* rank_prefix = nullptr;    // [num_ranks, num_ranks]
   int32_t* expert_counts = nullptr;  // [num_local]
-  uint64_t digest = 0;               // cached
-  int64_t num_rows = 0;              // cached: rows of this rank's output
+  uint64_t digest = 0;               // cached or counted
+  int64_t num_rows = 0;              // cached or counted: rows of this rank's output
+  // Across domains counts are exchanged before this engine meets: what its ranks receive is known, from everywhere.
+  World world;  // num_ranks 0: the engine's own ranks
+  bool counted = false;
+  int64_t num_recv_tokens = 0;         // counted: of this rank
+  const int64_t* tokens_to = nullptr;  // counted, [ranks of the engine]: unique tokens each of them receives ...
+  const int64_t* rows_to = nullptr;    // ... and rows
   // Rows.
   const void* x = nullptr;
   int64_t x_stride_bytes = 0;
@@ -103,11 +135,30 @@ struct DispatchFlight {
   std::shared_ptr<Event> event;  // null: complete when dispatch_move returned
 };
 
-struct CombineParams {
+// Tokens whose rows are fetched and summed. Rows and weights may be fetched by different calls.
+struct Pull {
   Layout layout = Layout::topk;
   int64_t num_tokens = 0;
   int num_slots = 0;
   const int64_t* targets = nullptr;
+  const void* bias[2] = {nullptr, nullptr};
+  int num_bias = 0;
+  bool reduce_per_rank = false;
+  void* out = nullptr;          // [num_tokens, hidden]; null: weights only
+  void* out_weights = nullptr;  // [num_tokens, num_weights], expand: [num_tokens, num_slots]; null: rows only
+};
+
+// What every rank of a combine published, as addresses in this process; targets of ranks that are not here are skipped.
+struct SharedRows {
+  World world;
+  std::vector<const char*> rows;  // by rank of the engine
+  std::vector<const void*> weights;
+  std::vector<int64_t> limit;  // rows that each has
+};
+
+struct CombineParams {
+  World world;  // num_ranks 0: the engine's own ranks
+  Pull pull;
   uint64_t digest = 0;
   const void* y = nullptr;
   int64_t y_rows = 0;
@@ -118,13 +169,17 @@ struct CombineParams {
   const void* weights = nullptr;  // [y_rows, num_weights], contiguous; num_weights 1 for expand
   int weight_bytes = 4;           // of one: float32 or float64
   int num_weights = 0;            // 0: none were given
-  const void* bias[2] = {nullptr, nullptr};
-  int num_bias = 0;
-  bool reduce_per_rank = false;
-  void* out = nullptr;          // [num_tokens, hidden]
-  void* out_weights = nullptr;  // [num_tokens, num_weights], expand: [num_tokens, num_slots]
   int max_threads = 0;
   bool background = false;
+};
+
+struct CombineFlight {
+  CombineParams params;
+  uint64_t seq = 0;
+  BlockRef rows, weights;
+  bool in_place = false;
+  bool ended = false;
+  SharedRows published;
 };
 
 }  // namespace deep_ep

@@ -78,7 +78,7 @@ void Peers::connect(const std::vector<SegmentAddress>& addresses) {
       if (addresses[r].pid != getpid()) {
         pidfds_[r] = static_cast<int>(syscall(SYS_pidfd_open, addresses[r].pid, 0));
         if (pidfds_[r] < 0)
-          throw Error(ErrorKind::general, "pidfd_open of rank " + std::to_string(r) + " (process " +
+          throw Error(ErrorKind::general, "pidfd_open of rank " + std::to_string(name(r)) + " (process " +
                                               std::to_string(addresses[r].pid) + "): " + std::strerror(errno));
       }
       control_segments_[r] = attach(addresses[r], control_header(options_, r), control_bytes(options_.num_ranks));
@@ -91,7 +91,7 @@ std::shared_ptr<const Segment> Peers::attach(const SegmentAddress& address, cons
                                              uint64_t prefault_bytes) const {
   if (!options_.share_mappings) return Segment::attach(address, expected, prefault_bytes);
   auto segment = options_.share_mappings->find(expected.rank, expected.kind, expected.id);
-  if (!segment) throw Error(ErrorKind::general, "no shared mapping of rank " + std::to_string(expected.rank));
+  if (!segment) throw Error(ErrorKind::general, "no shared mapping of rank " + std::to_string(name(expected.rank)));
   return segment;
 }
 
@@ -111,7 +111,7 @@ char* Peers::address(int r, const BlockRef& ref) {
   if (!segment) {
     Control& control = of(r);
     if (ref.segment >= std::min<uint64_t>(control.num_segments.load(std::memory_order_acquire), kMaxSegments))
-      throw Error(ErrorKind::general, "rank " + std::to_string(r) + " names a segment that it has not announced");
+      throw Error(ErrorKind::general, "rank " + std::to_string(name(r)) + " names a segment that it has not announced");
     const SegmentEntry entry = control.segments[ref.segment];
     SegmentHeader header = control_header(options_, r);
     header.kind = SegmentKind::data;
@@ -122,15 +122,15 @@ char* Peers::address(int r, const BlockRef& ref) {
     } catch (const Error& refused) {
       const std::string how = how_gone(r);
       if (how.empty()) throw;
-      Error error(ErrorKind::peer, "rank " + std::to_string(r) + " (process " + std::to_string(pids_[r]) + ") " + how +
-                                       " before its memory could be mapped: " + refused.message);
-      error.ranks = {r};
+      Error error(ErrorKind::peer, "rank " + std::to_string(name(r)) + " (process " + std::to_string(pids_[r]) + ") " +
+                                       how + " before its memory could be mapped: " + refused.message);
+      error.ranks = {name(r)};
       error.how = how;
       throw error;
     }
   }
   if (ref.bytes > segment->bytes() || ref.offset > segment->bytes() - ref.bytes)
-    throw Error(ErrorKind::general, "rank " + std::to_string(r) + " names a block that lies outside its segment");
+    throw Error(ErrorKind::general, "rank " + std::to_string(name(r)) + " names a block that lies outside its segment");
   return segment->base() + ref.offset;
 }
 
@@ -198,23 +198,30 @@ void Peers::wait(std::atomic<uint64_t> Inbox::* word, uint64_t seq, const Where&
       std::snprintf(waited, sizeof waited, "%.1f", now - begin);
       Error error(ErrorKind::timeout,
                   std::string(name_of(where.op)) + " (operation " + std::to_string(seq) + ", phase " + where.phase +
-                      "): rank " + std::to_string(rank()) + " waited " + waited + " s for ranks " + join(missing) +
+                      "): rank " + std::to_string(name(rank())) + " waited " + waited + " s for ranks " +
+                      join(names(missing)) +
                       ". They are alive but did not come: look at what they do (py-spy dump --pid " +
                       std::to_string(pids_[missing[0]]) +
                       "), or raise the deadline (DEEP_EP_PY_TIMEOUT_SECONDS). Build a new buffer to go on.");
-      error.ranks = missing;
+      error.ranks = names(missing);
       error.seconds = now - begin;
       throw error;
     }
     if (!first && interrupted && interrupted()) {
-      Error error(ErrorKind::interrupted, "interrupted while waiting for ranks " + join(missing));
-      error.ranks = missing;
+      Error error(ErrorKind::interrupted, "interrupted while waiting for ranks " + join(names(missing)));
+      error.ranks = names(missing);
       throw error;
     }
     own_control_->sleepers.fetch_add(1, std::memory_order_seq_cst);
     futex_wait(&own_control_->bell, bell, std::min(kNap, std::max(deadline - now, 1e-3)));
     own_control_->sleepers.fetch_sub(1, std::memory_order_seq_cst);
   }
+}
+
+std::vector<int> Peers::names(std::vector<int> ranks) const {
+  for (int& rank : ranks)
+    rank = name(rank);
+  return ranks;
 }
 
 std::string Peers::how_gone(int r) {
@@ -243,10 +250,10 @@ void Peers::check_peers(const std::vector<int>& missing, std::atomic<uint64_t> I
   for (int r : gone)
     pids += (pids.empty() ? "" : ", ") + std::to_string(pids_[r]);
   Error error(ErrorKind::peer, std::string(name_of(where.op)) + " (operation " + std::to_string(where.seq) +
-                                   ", phase " + where.phase + "): ranks " + join(gone) + " (process " + pids + ") " +
-                                   how + " while rank " + std::to_string(rank()) +
+                                   ", phase " + where.phase + "): ranks " + join(names(gone)) + " (process " + pids +
+                                   ") " + how + " while rank " + std::to_string(name(rank())) +
                                    " waited for them. This buffer cannot go on: build a new one over the survivors.");
-  error.ranks = gone;
+  error.ranks = names(gone);
   error.how = how;
   throw error;
 }
@@ -262,13 +269,13 @@ void Peers::raise_poison(int culprit, const Where& where) {
   // Its own doing (a signal, its destroy, an exception) makes it the peer that is gone; a timeout or a dead rank stays
   // what it was.
   const bool its_own = kind == ErrorKind::interrupted || kind == ErrorKind::general;
-  Error error(its_own ? ErrorKind::peer : kind, std::string(name_of(where.op)) + " (operation " +
-                                                    std::to_string(where.seq) + ", phase " + where.phase + "): rank " +
-                                                    std::to_string(culprit) + " gave this buffer up: " + note.text);
+  Error error(its_own ? ErrorKind::peer : kind,
+              std::string(name_of(where.op)) + " (operation " + std::to_string(where.seq) + ", phase " + where.phase +
+                  "): rank " + std::to_string(name(culprit)) + " gave this buffer up: " + note.text);
   error.ranks.assign(note.ranks, note.ranks + std::min<uint32_t>(note.num_ranks, kMaxNamedRanks));
   error.seconds = note.seconds;
-  error.how = its_own ? "gave the buffer up" : "reported by rank " + std::to_string(culprit);
-  if (its_own) error.ranks = {culprit};
+  error.how = its_own ? "gave the buffer up" : "reported by rank " + std::to_string(name(culprit));
+  if (its_own) error.ranks = {name(culprit)};
   throw error;
 }
 

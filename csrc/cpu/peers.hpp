@@ -34,6 +34,7 @@ struct PeersOptions {
   int num_ranks = 1;
   double timeout_seconds = 300;
   double spin_microseconds = 0;
+  std::vector<int> names;                          // what errors call each rank; empty: its number here
   std::shared_ptr<SharedMappings> share_mappings;  // tests only; null: map what peers own
 };
 
@@ -60,6 +61,9 @@ class Peers {
 
   int rank() const { return options_.rank; }
   int num_ranks() const { return options_.num_ranks; }
+  // Ranks in errors: those of the buffer, of which a domain's engine holds a part.
+  int name(int rank) const { return options_.names.empty() ? rank : options_.names[rank]; }
+  std::vector<int> names(std::vector<int> ranks) const;
   Control& own() { return *own_control_; }
   Control& of(int rank) { return *controls_[rank]; }
   Inbox& inbox(int source) { return inbox_of(own_control_)[source]; }                           // what `source` told us

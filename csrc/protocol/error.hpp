@@ -42,6 +42,8 @@ inline const char* name_of(Op op) {
       return "combine";
     case Op::barrier:
       return "barrier";
+    case Op::gather:
+      return "gather";
   }
   return "operation";
 }

@@ -5,14 +5,18 @@ namespace deep_ep {
 std::string wrong_plan(const int64_t* words, int64_t num_words) {
   if (num_words < kPlanHeaderWords || words[kPlanMagic] != kPlanMagicValue) return "it does not begin as a plan does";
   constexpr int64_t kMost = int64_t{1} << 31;
-  for (const PlanWord word : {kPlanTokens, kPlanSlots, kPlanRanks, kPlanRank, kPlanLocal, kPlanRows, kPlanOutputRows,
-                              kPlanRecvTokens, kPlanAlignment, kPlanMaxTokens})
+  for (const PlanWord word :
+       {kPlanTokens, kPlanSlots, kPlanRanks, kPlanRank, kPlanLocal, kPlanRows, kPlanOutputRows, kPlanRecvTokens,
+        kPlanAlignment, kPlanMaxTokens, kPlanDomains, kPlanRelayed, kPlanRelaySlots})
     if (words[word] < 0 || words[word] >= kMost)
       return "word " + std::to_string(word) + " is " + std::to_string(words[word]);
   if (words[kPlanLayout] < 0 || words[kPlanLayout] > static_cast<int64_t>(Layout::expand) ||
       words[kPlanRank] >= words[kPlanRanks] || words[kPlanOutputRows] < words[kPlanRows])
     return "its header contradicts itself";
-  const int64_t expected = plan_words(words[kPlanTokens], words[kPlanSlots], words[kPlanRanks], words[kPlanLocal]);
+  if (words[kPlanDomains] == 0 ? words[kPlanRelayed] > 0 : words[kPlanRanks] % words[kPlanDomains] > 0)
+    return "its header contradicts itself";
+  const int64_t expected = plan_words(words[kPlanTokens], words[kPlanSlots], words[kPlanRanks], words[kPlanLocal]) +
+                           relay_words(words[kPlanDomains], words[kPlanRelayed], words[kPlanRelaySlots]);
   if (num_words != expected)
     return "it has " + std::to_string(num_words) + " words, and its header tells of " + std::to_string(expected);
   const bool rank = words[kPlanLayout] == static_cast<int64_t>(Layout::rank);

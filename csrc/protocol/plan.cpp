@@ -106,6 +106,53 @@ void finish_targets(Layout layout, const CountMatrix& matrix, const ExpandedRows
     if (targets[i] >= 0) targets[i] += base[target_rank(targets[i])];
 }
 
+std::string route(Layout layout, const int64_t* topk_idx, const uint8_t* is_token_in_rank, const int32_t* columns,
+                  int64_t num_tokens, int num_slots, const Placement& placement, const int64_t* first_of_rank,
+                  const int64_t* first_of_expert, int64_t* targets) {
+  if (layout == Layout::rank) {
+    std::vector<int64_t> next(num_slots);
+    for (int c = 0; c < num_slots; ++c)
+      next[c] = first_of_rank[columns[c]];
+    for (int64_t t = 0; t < num_tokens; ++t)
+      for (int c = 0; c < num_slots; ++c)
+        targets[t * num_slots + c] =
+            is_token_in_rank[t * num_slots + c] ? make_target(columns[c], next[c]++) : int64_t{-1};
+    return {};
+  }
+  const bool expand = layout == Layout::expand;
+  Counts counts;
+  std::string wrong = layout_topk(topk_idx, num_tokens, num_slots, placement, expand, targets, &counts);
+  for (int64_t i = 0; i < num_tokens * num_slots && wrong.empty(); ++i)
+    if (targets[i] >= 0) targets[i] += expand ? first_of_expert[topk_idx[i]] : first_of_rank[target_rank(targets[i])];
+  return wrong;
+}
+
+bool homeward(Layout layout, const int64_t* targets, int64_t num_tokens, int num_slots, const int32_t* domain_of,
+              int num_ranks, int num_domains, bool per_row, int64_t* home, int64_t* tokens, int64_t capacity,
+              int64_t* counts) {
+  const int columns = layout == Layout::rank ? num_domains : num_slots;
+  std::vector<int64_t> last_token(num_domains, -1);  // the last token that a row stands for already
+  std::fill(home, home + num_tokens * columns, int64_t{-1});
+  std::fill(counts, counts + num_domains, int64_t{0});
+  for (int64_t t = 0; t < num_tokens; ++t)
+    for (int i = 0; i < num_slots; ++i) {
+      const int k = per_row ? i : num_slots - 1 - i;  // a sum belongs to the domain's highest slot, so walk backwards
+      const int64_t target = targets[t * num_slots + k];
+      if (target < 0 || (per_row && !moves(target))) continue;
+      if (target_rank(target) >= num_ranks) return false;
+      const int d = domain_of[target_rank(target)];
+      const bool first = per_row || last_token[d] != t;
+      last_token[d] = t;
+      if (first) tokens[d * capacity + counts[d]++] = t;
+      const int64_t place = make_target(d, counts[d] - 1);
+      if (layout == Layout::rank)
+        home[t * columns + d] = place;
+      else
+        home[t * columns + k] = first ? place : place | kSharedRow;
+    }
+  return true;
+}
+
 void rank_prefix(const CountMatrix& matrix, int32_t* out) {
   const int n = matrix.num_ranks;
   for (int s = 0; s < n; ++s)

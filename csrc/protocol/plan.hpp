@@ -73,6 +73,22 @@ ExpandedRows expanded_rows(const CountMatrix& matrix, const Placement& placement
 void finish_targets(Layout layout, const CountMatrix& matrix, const ExpandedRows* expanded, const int64_t* topk_idx,
                     int source, int64_t num_tokens, int num_slots, int64_t* targets);
 
+// Both steps for one source whose first rows are known: its targets, final. `columns`: rank layout, the rank that each
+// of the `num_slots` columns of `is_token_in_rank` stands for. `first_of_rank` [num_ranks], `first_of_expert`
+// [num_experts].
+std::string route(Layout layout, const int64_t* topk_idx, const uint8_t* is_token_in_rank, const int32_t* columns,
+                  int64_t num_tokens, int num_slots, const Placement& placement, const int64_t* first_of_rank,
+                  const int64_t* first_of_expert, int64_t* targets);
+
+// What returns to a token's own rank from each domain, in place of each rank: one row that the domain has summed, or,
+// `per_row`, every row by itself. `home`: targets whose ranks are domains and whose rows are places in what returns
+// ([num_tokens, num_slots]; for the rank layout, which is always summed, [num_tokens, num_domains]). A domain's sum
+// stands at its highest slot. `tokens`: of each returned row, [num_domains, capacity]; `counts` [num_domains]. False: a
+// target names no rank.
+bool homeward(Layout layout, const int64_t* targets, int64_t num_tokens, int num_slots, const int32_t* domain_of,
+              int num_ranks, int num_domains, bool per_row, int64_t* home, int64_t* tokens, int64_t capacity,
+              int64_t* counts);
+
 // [num_ranks, num_ranks] inclusive sums over sources: V1's rank_prefix_matrix.
 void rank_prefix(const CountMatrix& matrix, int32_t* out);
 

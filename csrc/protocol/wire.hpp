@@ -40,7 +40,7 @@ struct BlockRef {
   uint64_t bytes = 0;
 };
 
-enum class Op : uint32_t { dispatch = 1, cached_dispatch = 2, combine = 3, barrier = 4 };
+enum class Op : uint32_t { dispatch = 1, cached_dispatch = 2, combine = 3, barrier = 4, gather = 5 };
 enum class Status : uint32_t { ok = 0, failed = 1, cannot_grow = 2 };
 
 // What a rank says at the rendezvous that begins every operation. Lives in slot `seq % 2` of its owner and is copied

@@ -69,6 +69,7 @@ class ShmBackend:
         epoch: int,
         heap_bytes: int,
         num_cores: int,
+        names: Sequence[int] = (),
     ) -> None:
         """Map everyone's heap.
 
@@ -76,6 +77,7 @@ class ShmBackend:
             epoch: random, equal on all ranks; the identity of this construction.
             heap_bytes: heap to prefault.
             num_cores: cores that this process may use.
+            names: what errors call these ranks, where they are a part of the buffer's.
 
         Raises:
             EPBackendUnavailableError: on every rank, if one of them could not map a peer; says who and why.
@@ -108,6 +110,7 @@ class ShmBackend:
                 max_heap_bytes=limit,
                 heap_bytes=min(heap_bytes, limit),
                 num_threads=settings.num_threads or max(1, num_cores // self.num_ranks),
+                names=list(names),
             )
             endpoint = self._engine.endpoint()
         except EPError as e:
@@ -208,7 +211,7 @@ class ShmBackend:
             if spec.layout == "rank":
                 meta_shape: tuple[int, ...] = (rows,)
             elif spec.num_worst_tokens is not None:
-                meta_shape = (self.num_ranks * plan.num_max_tokens_per_rank, 2 + num_topk)
+                meta_shape = (plan.num_ranks * plan.num_max_tokens_per_rank, 2 + num_topk)
             else:
                 meta_shape = (plan.num_recv_tokens, 2 + num_topk)
             recv_meta = torch.empty(meta_shape, dtype=torch.int32, device="cpu")

@@ -231,28 +231,28 @@ class Exchange {
     for (int64_t i = 0; i < num_rows() * hidden; ++i)
       y[i] = routing_.y(salt, rank_, i / hidden, i % hidden);
     deep_ep::CombineParams p;
-    p.layout = routing_.layout;
-    p.num_tokens = routing_.num_tokens[rank_];
-    p.num_slots = routing_.width();
-    p.targets = targets_.data();
+    p.pull.layout = routing_.layout;
+    p.pull.num_tokens = routing_.num_tokens[rank_];
+    p.pull.num_slots = routing_.width();
+    p.pull.targets = targets_.data();
     p.digest = digest_;
     p.y = y;
     p.y_rows = num_rows();
     p.row_bytes = p.y_stride_bytes = hidden * 4;
     p.hidden = hidden;
     p.dtype = deep_ep::RowType::f32;
-    p.reduce_per_rank = routing_.layout == Layout::expand && salt % 2;
-    out->assign(static_cast<size_t>(p.num_tokens * hidden) + 1, -1);
-    p.out = out->data();
+    p.pull.reduce_per_rank = routing_.layout == Layout::expand && salt % 2;
+    out->assign(static_cast<size_t>(p.pull.num_tokens * hidden) + 1, -1);
+    p.pull.out = out->data();
     if (routing_.weights) {
       p.num_weights = routing_.layout == Layout::expand ? 1 : routing_.num_topk;
       weights->resize(static_cast<size_t>(num_rows() * p.num_weights) + 1);
       for (size_t i = 0; i < weights->size(); ++i)
         (*weights)[i] = routing_.y(salt ^ 9, rank_, static_cast<int64_t>(i), 0);
       const int64_t columns = routing_.layout == Layout::rank ? p.num_weights : routing_.num_topk;
-      out_weights->assign(static_cast<size_t>(p.num_tokens * columns) + 1, -1);
+      out_weights->assign(static_cast<size_t>(p.pull.num_tokens * columns) + 1, -1);
       p.weights = weights->data();
-      p.out_weights = out_weights->data();
+      p.pull.out_weights = out_weights->data();
     }
     return p;
   }
