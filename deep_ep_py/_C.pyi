@@ -23,7 +23,9 @@ def dispatch_layout(
 plan_header_words: int
 plan_magic: int
 
-def read_plan(plan: int, words: int, /) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int, int]: ...
+def read_plan(
+    plan: int, words: int, /
+) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int, int]: ...
 def copy_expert_counts(plan: int, out: int, /) -> None: ...
 def heads_of_plan(*, plan: int, send_head: int) -> None: ...
 def plan_from_heads(
@@ -31,6 +33,37 @@ def plan_from_heads(
 ) -> None: ...
 def probe_copy(*, to: int, from_: int, bytes: int, stream: bool) -> None: ...
 def probe_read(*, from_: int, bytes: int) -> int: ...
+def route(
+    *,
+    layout: int,
+    topk_idx: int,
+    is_token_in_rank: int,
+    columns: int,
+    num_tokens: int,
+    num_slots: int,
+    num_ranks: int,
+    num_experts: int,
+    expert_rank: int,
+    expert_local: int,
+    first_of_rank: int,
+    first_of_expert: int,
+    targets: int,
+) -> str: ...
+def homeward(
+    *,
+    layout: int,
+    targets: int,
+    num_tokens: int,
+    num_slots: int,
+    domain_of: int,
+    num_ranks: int,
+    num_domains: int,
+    per_row: bool,
+    home: int,
+    tokens: int,
+    capacity: int,
+    counts: int,
+) -> bool: ...
 
 class Event:
     def wait(self) -> None: ...
@@ -53,6 +86,8 @@ class DispatchFlight:
     def staged(self) -> bool: ...
     def take_x(self, *, shape: Sequence[int], code: int, bits: int) -> Any: ...
     def take_sf(self, *, shape: Sequence[int], code: int, bits: int) -> Any: ...
+
+class CombineFlight: ...
 
 class Engine:
     def __init__(
@@ -147,3 +182,110 @@ class Engine:
         background: bool,
         previous: Sequence[Event],
     ) -> Event | None: ...
+    def gather(self, *, own: int, bytes: int, all: int) -> None: ...
+    def hop_begin(
+        self,
+        *,
+        plan: int,
+        cached: bool,
+        num_topk: int,
+        has_topk: bool,
+        weight_bytes: int,
+        local_of: int,
+        num_experts: int,
+        expert_rank: int,
+        expert_local: int,
+        tokens_to: int,
+        rows_to: int,
+        row_bytes: int,
+        hidden: int,
+        dtype: int,
+        sf_bytes: int,
+        zero_padding: bool,
+        mask_weights: bool,
+        describe_rows: bool,
+        num_worst_tokens: int,
+        max_threads: int,
+        previous: Sequence[Event],
+    ) -> DispatchFlight: ...
+    def hop_place(
+        self,
+        *,
+        flight: DispatchFlight,
+        targets: int,
+        num_tokens: int,
+        num_slots: int,
+        rows: bool,
+        x: int,
+        x_stride_bytes: int,
+        sf: int,
+        sf_stride_bytes: int,
+        small: bool,
+        tokens: int,
+        topk_idx: int,
+        topk_weights: int,
+        first_token: int,
+    ) -> None: ...
+    def hop_finish(
+        self,
+        *,
+        flight: DispatchFlight,
+        recv_x: int,
+        recv_sf: int,
+        recv_sf_leading: int,
+        recv_topk_idx: int,
+        recv_topk_weights: int,
+        recv_meta: int,
+    ) -> None: ...
+    def pull_begin(
+        self,
+        *,
+        plan: int,
+        local_of: int,
+        y: int,
+        y_rows: int,
+        y_stride_bytes: int,
+        row_bytes: int,
+        hidden: int,
+        dtype: int,
+        weights: int,
+        weight_bytes: int,
+        num_weights: int,
+        reduce_per_rank: bool,
+        max_threads: int,
+        previous: Sequence[Event],
+    ) -> CombineFlight: ...
+    def pull(
+        self,
+        *,
+        flight: CombineFlight,
+        layout: int,
+        targets: int,
+        num_tokens: int,
+        num_slots: int,
+        reduce_per_rank: bool,
+        out: int,
+        out_weights: int,
+    ) -> None: ...
+    def pull_end(self, *, flight: CombineFlight) -> None: ...
+    def reduce(
+        self,
+        *,
+        layout: int,
+        targets: int,
+        num_tokens: int,
+        num_slots: int,
+        out: int,
+        out_weights: int,
+        biases: Sequence[int],
+        rows: Sequence[int],
+        weights: Sequence[int],
+        limit: Sequence[int],
+        hidden: int,
+        row_bytes: int,
+        dtype: int,
+        weight_bytes: int,
+        num_weights: int,
+        max_threads: int,
+    ) -> None: ...
+    def poison(self, *, text: str, timeout: bool, ranks: Sequence[int], seconds: float) -> None: ...

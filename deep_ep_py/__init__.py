@@ -17,6 +17,7 @@ from .autograd import PlanHandle, combine, dispatch, plan, plan_and_dispatch
 from .buffer import Buffer
 from .config import Config
 from .elastic import ElasticBuffer
+from .engine import domain_sizes
 from .errors import (
     EPArgumentError,
     EPBackendUnavailableError,
@@ -58,13 +59,15 @@ __all__ = [
 
 
 def get_physical_domain_size(group: Any) -> tuple[int, int]:
-    """(scale-out ranks, scale-up ranks) of a group; every rank in one domain, until the multi-node capability comes."""
-    return 1, group.size() if callable(getattr(group, "size", None)) else group.size
+    """(scale-out ranks, scale-up ranks) of a group, by host or ``Settings.domain``; collective. Domains of different
+    sizes count as one."""
+    return domain_sizes(group)
 
 
-def get_logical_domain_size(group: Any, allow_hybrid_mode: bool = True) -> tuple[int, int]:  # noqa: ARG001
-    """(scale-out ranks, scale-up ranks) as dispatch and combine use them."""
-    return get_physical_domain_size(group)
+def get_logical_domain_size(group: Any, allow_hybrid_mode: bool = True) -> tuple[int, int]:
+    """(scale-out ranks, scale-up ranks) as dispatch and combine use them; collective. One hop is one domain."""
+    scaleout, scaleup = domain_sizes(group)
+    return (scaleout, scaleup) if allow_hybrid_mode else (1, scaleout * scaleup)
 
 
 def __getattr__(name: str) -> Any:

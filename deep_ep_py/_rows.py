@@ -53,6 +53,7 @@ class ThreadMeeting:
         self.members = 0
         self.arrived: dict[int, dict[int, tuple[torch.Tensor, list[int]]]] = {}  # exchange -> rank -> bytes, offsets
         self.copied: dict[int, int] = {}  # exchange -> ranks that have taken their parts
+        self.shown: dict[tuple[int, int, int], torch.Tensor] = {}  # pairs: (from, to, transfer) -> until it is copied
         self.closed: set[int] = set()
         self.failure: Callable[[], EPPeerError | EPTimeoutError] | None = None
 
@@ -73,7 +74,7 @@ class ThreadRows:
         m, count = self._meeting, self._count
         self._count += 1
         if self._rank in m.closed:
-            raise _peer_error([self._rank], "closed its buffer")
+            raise peer_error([self._rank], "closed its buffer")
         with m.changed:
             arrived = m.arrived.setdefault(count, {})
             arrived[self._rank] = (as_bytes(input), [0, *accumulate(input_splits)])
@@ -101,18 +102,18 @@ class ThreadRows:
         """Wait under the meeting's lock. Whoever notices a failure first says for all ranks what it was."""
         m = self._meeting
         start = time.monotonic()
-        exiting = _ExitWatch()
+        exiting = ExitWatch()
         while not ready():
             if m.failure is None:
                 missing = [r for r in range(self._size) if not is_here(r)]
                 gone = [r for r in missing if r in m.closed]
                 left = self._timeout - (time.monotonic() - start)
                 if gone:
-                    m.failure = partial(_peer_error, gone, "closed its buffer")
+                    m.failure = partial(peer_error, gone, "closed its buffer")
                 elif exiting():
-                    m.failure = partial(_peer_error, missing, "not there at the interpreter's exit")
+                    m.failure = partial(peer_error, missing, "not there at the interpreter's exit")
                 elif left <= 0:
-                    m.failure = partial(_timeout_error, missing, self._timeout)
+                    m.failure = partial(timeout_error, missing, self._timeout)
             if m.failure is not None:
                 m.changed.notify_all()
                 raise m.failure()
@@ -184,7 +185,7 @@ class TorchRows:
         under_way = self._work is not None and not self._work.is_completed()
         if under_way and self._failure is None:
             self._leave()
-        self._failure = self._failure or partial(_peer_error, [self._rank], "closed its buffer")
+        self._failure = self._failure or partial(peer_error, [self._rank], "closed its buffer")
         if under_way:
             # Its destructor would wait, with the GIL, for peers that may never come, and nothing can break that off.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
@@ -193,7 +194,7 @@ class TorchRows:
 
     def _wait_for(self, work: Any) -> None:
         """Wait in slices: Work.wait() would not answer Ctrl-C. The group's own deadline ends it."""
-        exiting = _ExitWatch()
+        exiting = ExitWatch()
         look = time.monotonic() + _LOOK_SECONDS
         for _ in pauses(float("inf"), first=2e-5, longest=1e-3):
             if work.is_completed():
@@ -204,7 +205,7 @@ class TorchRows:
                 look += _LOOK_SECONDS
                 left = [r for r in range(self._size) if self._store.check([f"left/{r}"])]
                 if left:
-                    self._failure = partial(_peer_error, left, "left in the middle of an operation")
+                    self._failure = partial(peer_error, left, "left in the middle of an operation")
                     raise RuntimeError("a peer left")
         work.wait()
 
@@ -228,8 +229,8 @@ class TorchRows:
             except RuntimeError:
                 reason += "; the store that could name the rank is gone too"
         if "timed out" in reason.lower() or "timeout" in reason.lower():
-            return partial(_timeout_error, missing, self._timeout, reason)
-        return partial(_peer_error, missing, reason)
+            return partial(timeout_error, missing, self._timeout, reason)
+        return partial(peer_error, missing, reason)
 
 
 def prefixed(prefix: str, store: Any) -> Any:
@@ -272,7 +273,7 @@ def first_line(e: BaseException) -> str:
     return re.sub(r"^\[[^\]]*\] ", "", line).split(". ")[0]
 
 
-class _ExitWatch:
+class ExitWatch:
     """Says when a wait in a background thread has held up the interpreter's exit for too long."""
 
     def __init__(self) -> None:
@@ -285,12 +286,14 @@ class _ExitWatch:
         return time.monotonic() - self._since > _EXIT_SECONDS
 
 
-def _peer_error(ranks: list[int], how: str) -> EPPeerError:
+def peer_error(ranks: Sequence[int], how: str) -> EPPeerError:
+    """``ranks`` are lost; ``how``."""
     who = name_ranks(ranks) if ranks else "a peer"
     return EPPeerError(f"lost {who}: {how}; build a new buffer over the survivors", ranks=ranks, how=how)
 
 
-def _timeout_error(ranks: list[int], seconds: float, reason: str = "") -> EPTimeoutError:
+def timeout_error(ranks: Sequence[int], seconds: float, reason: str = "") -> EPTimeoutError:
+    """``ranks`` did not come within ``seconds``."""
     who = name_ranks(ranks) if ranks else "a peer"
     message = f"{who} did not come within {seconds:g} s{reason and f' ({reason})'}; build a new buffer"
     return EPTimeoutError(message, ranks=ranks, seconds=seconds)

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 
 from . import validate
+from .choice import BackendInfo
 from .communicator import communicator_of
 from .config import Config
-from .engine import BackendInfo, Engine
+from .engine import Engine
 from .errors import EPArgumentError
 from .event import EventHandle, EventOverlap, completions
-from .handle import pack_v1, unpack_v1
+from .handle import pack_v1, pack_v1_internode, unpack_v1
 from .layout import dispatch_layout
 from .requests import MAX_ALIGNMENT
 from .settings import Settings
@@ -26,11 +27,11 @@ class Buffer:
     """Expert-parallel dispatch and combine with DeepEP's V1 interface.
 
     Args:
-        group: torch process group (any backend), or a deep_ep_py communicator.
+        group: torch process group (any backend), an mpi4py communicator, or a deep_ep_py communicator.
         num_nvl_bytes: heap to prepare, in bytes; it grows where that proves too small.
         num_rdma_bytes: kept for programs written for DeepEP; nothing is allocated for it.
         low_latency_mode: accepted, so that buffers which also serve low latency elsewhere work in normal mode here.
-        comm: mpi4py communicator, where ``group`` is None; comes with the multi-node capability.
+        comm: mpi4py communicator, where ``group`` is None.
         backend: ``"auto"``, or a backend's exact name; default: ``DEEP_EP_PY_BACKEND``.
         settings: instead of those of the environment.
         num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy, enable_shrink, use_fabric,
@@ -185,8 +186,8 @@ class Buffer:
             topk_idx: [T, K] int64, -1 for no expert. num_experts: E, over all ranks.
 
         Returns:
-            num_tokens_per_rank [R] int32, None (no other domains), num_tokens_per_expert [E] int32 (slots),
-            is_token_in_rank [T, R] bool, event (complete).
+            num_tokens_per_rank [R] int32, num_tokens_per_rdma_rank [D] int32 (None where rows take one hop),
+            num_tokens_per_expert [E] int32 (slots), is_token_in_rank [T, R] bool, event (complete).
 
         Raises:
             EPArgumentError: wrong dtype or shape, or an expert id outside [-1, E).
@@ -196,7 +197,8 @@ class Buffer:
         topk_idx = validate.tensor("topk_idx", topk_idx, torch.int64, (None, None))
         placement = self._placement(validate.whole("num_experts", num_experts, 1))
         per_rank, per_expert, in_rank = dispatch_layout(topk_idx, placement, self.group_size)
-        return per_rank, None, per_expert, in_rank, EventOverlap(EventHandle() if async_finish else None)
+        per_domain = self._tokens_per_domain(in_rank)
+        return per_rank, per_domain, per_expert, in_rank, EventOverlap(EventHandle() if async_finish else None)
 
     def dispatch(
         self,
@@ -220,13 +222,14 @@ class Buffer:
         Args:
             x: [T, H] of any dtype, or ([T, H] fp8, [T, S] scale factors of 4 bytes).
             handle: of an earlier dispatch, whose routing is repeated (then no layout and no top-k).
-            num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: from :meth:`get_dispatch_layout`.
+            num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert: from
+                :meth:`get_dispatch_layout`; the second may be left out, and is checked where rows take two hops.
             topk_idx: [T, K] int64, topk_weights: [T, K] float32; both or neither.
             expert_alignment: counts per expert are rounded up to a multiple of it; at most 65536.
             num_worst_tokens: rows of all outputs, fixed in advance; tail rows have ``recv_topk_idx`` -1.
             config: ``num_sms`` bounds the copy threads.
             previous_event: waited for before anything is published. async_finish: return before rows have arrived; wait
-                for the event. num_tokens_per_rdma_rank, allocate_on_comm_stream: accepted.
+                for the event. allocate_on_comm_stream: accepted.
 
         Returns:
             recv_x [N, H] (or the pair with [N, S] row-major), sorted by source rank and token; recv_topk_idx [N, K]
@@ -242,6 +245,8 @@ class Buffer:
                 x, handle, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights,
                 expert_alignment, num_worst_tokens, config,
             )  # fmt: skip
+            if spec.is_token_in_rank is not None:
+                self._check_domains(num_tokens_per_rdma_rank, spec.is_token_in_rank)
             previous = completions(previous_event)
         got, event = self._engine.dispatch(spec, background=bool(async_finish), previous=previous)
         recv_x = got.recv_x if got.recv_sf is None else (got.recv_x, got.recv_sf)
@@ -252,7 +257,11 @@ class Buffer:
         counts: list[int] = [] if num_worst_tokens else got.plan.expert_counts.tolist()
         if expert_alignment > 1:
             counts = [-(-n // expert_alignment) * expert_alignment for n in counts]
-        new_handle = pack_v1(got.plan, got.recv_meta, spec.is_token_in_rank)
+        domains = self._engine.info.logical_domains
+        if got.plan.num_domains:
+            new_handle = pack_v1_internode(got.plan, got.recv_meta, spec.is_token_in_rank, domains)
+        else:
+            new_handle = pack_v1(got.plan, got.recv_meta, spec.is_token_in_rank)
         return recv_x, got.recv_topk_idx, got.recv_topk_weights, counts, new_handle, event
 
     def combine(
@@ -354,6 +363,22 @@ class Buffer:
             num_worst_tokens=worst or None,
             max_threads=self._num_sms(config),
         )
+
+    def _tokens_per_domain(self, in_rank: torch.Tensor) -> torch.Tensor | None:
+        """[D] int32; None where rows take one hop."""
+        if self._engine.info.num_hops == 1:
+            return None
+        domains = self._engine.info.domains
+        return torch.stack([in_rank[:, list(ranks)].any(1).sum(dtype=torch.int32) for ranks in domains])
+
+    def _check_domains(self, claimed: Any, in_rank: torch.Tensor) -> None:
+        counted = self._tokens_per_domain(in_rank)
+        if counted is None or claimed is None:
+            return
+        given = validate.tensor("num_tokens_per_rdma_rank", claimed, torch.int32, (counted.numel(),))
+        if not torch.equal(given, counted):
+            expected = f"{counted.tolist()}, as counted in is_token_in_rank"
+            raise EPArgumentError.of("num_tokens_per_rdma_rank", expected, given.tolist())
 
     def _placement(self, num_experts: int) -> ExpertPlacement:
         placement = self._placements.get(num_experts)

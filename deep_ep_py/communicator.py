@@ -1,9 +1,9 @@
 """How ranks find each other: bootstrap messages, and a channel that carries rows where memory is not shared.
 
 A :class:`Communicator` is one participant of one construction. It is made of a torch process group
-(:class:`TorchCommunicator`) or of threads of one process (:func:`thread_world`). Both keep their bootstrap messages in
-a small key-value store and not in collectives: a store can tell *which* rank did not come. MPI joins here as a third
-class, with its ``exchange`` over ``iallgatherv`` and its rows over ``Alltoallv``.
+(:class:`TorchCommunicator`), of threads of one process (:func:`thread_world`), or of an MPI communicator
+(:mod:`._mpi`). The first two keep their bootstrap messages in a small key-value store and not in collectives: a store
+can tell *which* rank did not come.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 
+from ._mpi import is_mpi, mpi_communicator
+from ._pairs import PairChannel, ThreadPairs, TorchPairs
 from ._rows import RowChannel, ThreadMeeting, ThreadRows, TorchRows, first_line, name_ranks, pauses, prefixed
 from .errors import EPArgumentError, EPBackendUnavailableError, EPMismatchError, EPPeerError, EPTimeoutError
 
@@ -49,6 +52,13 @@ class Communicator(Protocol):
         ``timeout`` (seconds) bounds the opening and each of the channel's operations.
         """
 
+    def open_pairs(self, *, timeout: float) -> PairChannel:
+        """The same, with a way of its own between each two ranks, and several transfers under way."""
+
+    def subset(self, ranks: Sequence[int]) -> Communicator:
+        """These ranks of the same construction, after an exchange. Its members call it, in the same order; ``rank`` and
+        ``size`` are of the subset, errors name the ranks of the whole."""
+
     def close(self) -> None:
         """Give back what construction needed. Idempotent, not collective; open channels stay open."""
 
@@ -57,27 +67,28 @@ def communicator_of(group: object, comm: object = None) -> Communicator:
     """The communicator of one construction, from what users pass to a buffer.
 
     Args:
-        group: a torch ``ProcessGroup`` (any backend, any subset of the world) or a :class:`Communicator`.
-        comm: an mpi4py communicator; refused until the multi-node capability brings MPI.
+        group: a torch ``ProcessGroup`` (any backend, any subset of the world), an mpi4py communicator, or a
+            :class:`Communicator`.
+        comm: an mpi4py communicator, where ``group`` is None.
 
     Raises:
         EPArgumentError: neither was given, or nothing that can be used.
     """
-    if group is None:
-        if comm is not None:
-            raise EPArgumentError.of(
-                "comm",
-                "None: MPI communicators come with the multi-node capability; pass group=, a torch process group "
-                "(gloo will do: torch.distributed.new_group(backend='gloo'))",
-                type(comm).__name__,
-            )
-        raise EPArgumentError.of("group", "a torch.distributed process group or a deep_ep_py Communicator", None)
-    if isinstance(group, Communicator):
-        return group.session()
-    if dist.is_available() and isinstance(group, dist.ProcessGroup):
-        return TorchCommunicator(group)
-    remedy = "a torch.distributed process group that this rank is a member of, or a deep_ep_py Communicator"
-    raise EPArgumentError.of("group", remedy, f"{type(group).__name__} ({group!r})")
+    given = comm if group is None else group
+    if isinstance(given, Communicator):
+        return given.session()
+    if is_mpi(given):
+        return mpi_communicator(given)
+    if dist.is_available() and isinstance(given, dist.ProcessGroup):
+        return TorchCommunicator(given)
+    remedy = (
+        "a torch.distributed process group that this rank is a member of, an mpi4py communicator, or a Communicator"
+    )
+    raise EPArgumentError.of("comm" if given is comm and comm is not None else "group", remedy, _describe(given))
+
+
+def _describe(value: object) -> str:
+    return "None" if value is None else f"{type(value).__name__} ({value!r})"
 
 
 class _StoreCommunicator:
@@ -88,12 +99,14 @@ class _StoreCommunicator:
     Whether a round is complete or abandoned is decided once for all ranks, by whoever draws the round's first ticket.
     """
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
+    def __init__(self, store: Any, rank: int, size: int, names: Sequence[int] = ()) -> None:
         self.rank = rank
         self.size = size
+        self.names = tuple(names) or tuple(range(size))  # what errors call the ranks
         self._store = store
         self._number = 0
         self._round = 0
+        self._channels = 0
 
     def exchange(self, payload: bytes, *, timeout: float, what: str) -> list[bytes]:
         try:
@@ -133,7 +146,7 @@ class _StoreCommunicator:
                 self._store.delete_key(f"{previous}/verdict")
         steps, payloads = zip(*(m.split(b"\0", 1) for m in received), strict=True)
         if len(set(steps)) > 1:
-            values = {r: s.decode() for r, s in enumerate(steps)}
+            values = {self.names[r]: s.decode() for r, s in enumerate(steps)}
             message = f"construct: ranks are at different steps: {values}; build the same buffers in the same order"
             raise EPMismatchError(message, field="step", values=values, op="construct", phase=what)
         return list(payloads)
@@ -164,17 +177,23 @@ class _StoreCommunicator:
         return decided
 
     def _abandoned(self, verdict: dict[str, Any], what: str) -> EPTimeoutError:
-        missing, by, seconds = verdict["missing"], verdict["by"], verdict["seconds"]
-        if by == self.rank:
+        missing, seconds = [self.names[r] for r in verdict["missing"]], verdict["seconds"]
+        by = self.names[verdict["by"]]
+        if verdict["by"] == self.rank:
             message = f"construct: {name_ranks(missing)} did not come to {what} within {seconds:g} s"
         else:
             message = f"construct: rank {by} gave up on {what} after {seconds:g} s: {name_ranks(missing)} did not come"
         message += "; see why, then build the buffer again on every rank"
         return EPTimeoutError(message, op="construct", phase=what, ranks=missing, seconds=seconds)
 
-    def _rows_key(self, count: int) -> str:
+    def _channel_key(self) -> str:
+        """Where the next channel meets: equal on all ranks, since they open the same ones in the same order."""
         self._begin()
-        return f"{self._number}/rows/{count}"
+        self._channels += 1
+        return f"{self._number}/rows/{self._channels}"
+
+    def _part_key(self, ranks: Sequence[int]) -> str:
+        return f"{self._channel_key()}/{'+'.join(map(str, ranks))}"
 
 
 class TorchCommunicator(_StoreCommunicator):
@@ -185,13 +204,17 @@ class TorchCommunicator(_StoreCommunicator):
     are missing, and waits as long as that group's own timeout.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, part: tuple[Any, int, Sequence[int]] | None = None) -> None:
+        """``part``: of a subset, its store, this rank's position and the names of its ranks."""
         if not dist.is_available():
             raise EPArgumentError.of("group", "a torch build with torch.distributed, or a Communicator", type(group))
+        self.group = group
+        if part is not None:
+            store, rank, names = part
+            super().__init__(store, rank, len(names), names)
+            return
         store = _store_of(group)
         super().__init__(store and prefixed("deep_ep_py", store), group.rank(), group.size())
-        self.group = group
-        self._channels = 0
 
     def session(self) -> TorchCommunicator:
         return TorchCommunicator(self.group)
@@ -208,45 +231,64 @@ class TorchCommunicator(_StoreCommunicator):
         try:
             if self._store is None or not dist.is_gloo_available():
                 return TorchRows.of_new_group(self.group, timeout)
-            key = self._rows_key(self._channels)
-            self._channels += 1
-            return TorchRows.of_store(prefixed(key, self._store), self.rank, self.size, timeout)
+            store = prefixed(self._channel_key(), self._store)
+            return TorchRows.of_store(store, self.rank, self.size, timeout)
         except RuntimeError as e:
-            reason = first_line(e)
-            message = f"collective: torch could not connect the ranks within {timeout:g} s: {reason}"
-            raise EPBackendUnavailableError(message, reasons={"collective": reason}) from e
+            raise _not_connected(e, timeout, "collective") from e
+
+    def open_pairs(self, *, timeout: float) -> PairChannel:
+        """Rows over gloo, one connection for each pair."""
+        if self._store is None or not dist.is_gloo_available():
+            why = "the group has no store, or this torch has no gloo"
+            raise EPBackendUnavailableError(f"hybrid: {why}", reasons={"hybrid": why})
+        try:
+            return TorchPairs(prefixed(self._channel_key(), self._store), self.rank, self.names, timeout)
+        except RuntimeError as e:
+            raise _not_connected(e, timeout, "hybrid") from e
+
+    def subset(self, ranks: Sequence[int]) -> TorchCommunicator:
+        if self._store is None:
+            why = "the group has no store that could be shared out"
+            raise EPBackendUnavailableError(f"hybrid: {why}", reasons={"hybrid": why})
+        store = prefixed(self._part_key(ranks), self._store)
+        return TorchCommunicator(self.group, (store, ranks.index(self.rank), [self.names[r] for r in ranks]))
 
 
 class ThreadCommunicator(_StoreCommunicator):
     """One of several ranks that are threads of this process; made by :func:`thread_world`."""
 
-    def __init__(self, world: _ThreadWorld, rank: int) -> None:
-        super().__init__(world, rank, world.size)
+    def __init__(self, world: _ThreadStore, rank: int, names: Sequence[int]) -> None:
+        super().__init__(world, rank, len(names), names)
         self._world = world
-        self._channels = 0
 
     def session(self) -> ThreadCommunicator:
-        return ThreadCommunicator(self._world, self.rank)
+        return ThreadCommunicator(self._world, self.rank, self.names)
 
     def open_rows(self, *, timeout: float) -> RowChannel:
-        key = self._rows_key(self._channels)
-        self._channels += 1
-        return ThreadRows(self._world.meeting(key), self.rank, self.size, timeout)
+        meeting = self._world.meeting(self._channel_key(), self.size)
+        return ThreadRows(meeting, self.rank, self.size, timeout)
+
+    def open_pairs(self, *, timeout: float) -> PairChannel:
+        meeting = self._world.meeting(self._channel_key(), self.size)
+        return ThreadPairs(meeting, self.rank, self.names, timeout)
+
+    def subset(self, ranks: Sequence[int]) -> ThreadCommunicator:
+        names = [self.names[r] for r in ranks]
+        return ThreadCommunicator(_ThreadPart(self._world, self._part_key(ranks)), ranks.index(self.rank), names)
 
 
 def thread_world(num_ranks: int) -> list[ThreadCommunicator]:
     """``num_ranks`` communicators of one world, one for each thread that plays a rank."""
     if num_ranks < 1:
         raise EPArgumentError.of("num_ranks", "at least 1", num_ranks)
-    world = _ThreadWorld(num_ranks)
-    return [ThreadCommunicator(world, rank) for rank in range(num_ranks)]
+    world = _ThreadWorld()
+    return [ThreadCommunicator(world, rank, range(num_ranks)) for rank in range(num_ranks)]
 
 
 class _ThreadWorld:
     """What the threads of one world share: an in-process store, and the meeting places of open channels."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: dict[str, bytes] = {}
         self._meetings: dict[str, ThreadMeeting] = {}
@@ -273,14 +315,49 @@ class _ThreadWorld:
         with self._lock:
             return self._values.pop(key, None) is not None
 
-    def meeting(self, key: str) -> ThreadMeeting:
-        """The one meeting of a channel; forgotten here as soon as every rank has it."""
+    def meeting(self, key: str, members: int) -> ThreadMeeting:
+        """The one meeting of a channel; forgotten here as soon as every member has it."""
         with self._lock:
             meeting = self._meetings.setdefault(key, ThreadMeeting())
             meeting.members += 1
-            if meeting.members == self.size:
+            if meeting.members == members:
                 del self._meetings[key]
             return meeting
+
+
+class _ThreadPart:
+    """A view of a world under a prefix."""
+
+    def __init__(self, world: _ThreadStore, prefix: str) -> None:
+        self._world = world
+        self._prefix = prefix
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._world.set(f"{self._prefix}/{key}", value)
+
+    def get(self, key: str) -> bytes:
+        return self._world.get(f"{self._prefix}/{key}")
+
+    def add(self, key: str, amount: int) -> int:
+        return self._world.add(f"{self._prefix}/{key}", amount)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._world.check([f"{self._prefix}/{key}" for key in keys])
+
+    def delete_key(self, key: str) -> bool:
+        return self._world.delete_key(f"{self._prefix}/{key}")
+
+    def meeting(self, key: str, members: int) -> ThreadMeeting:
+        return self._world.meeting(f"{self._prefix}/{key}", members)
+
+
+_ThreadStore = _ThreadWorld | _ThreadPart
+
+
+def _not_connected(e: RuntimeError, timeout: float, backend: str) -> EPBackendUnavailableError:
+    reason = first_line(e)
+    message = f"{backend}: torch could not connect the ranks within {timeout:g} s: {reason}"
+    return EPBackendUnavailableError(message, reasons={backend: reason})
 
 
 def _store_of(group: Any) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from . import validate
+from .choice import BackendInfo, sizes
 from .communicator import communicator_of
-from .engine import BackendInfo, Engine
+from .engine import Engine
 from .errors import EPArgumentError, EPError
 from .event import EventHandle, EventOverlap, completions
 from .handle import EPHandle
@@ -26,12 +27,12 @@ class ElasticBuffer:
     """Expert-parallel dispatch and combine with DeepEP's V2 interface.
 
     Args:
-        group: torch process group (any backend), or a deep_ep_py communicator.
+        group: torch process group (any backend), an mpi4py communicator, or a deep_ep_py communicator.
         num_bytes: heap to prepare, in bytes; None: from the three sizes below. It grows where that proves too small.
         num_max_tokens_per_rank, hidden, num_topk: M, H and K of the largest call, for the size of the heap; M also is
             the default of dispatch's argument.
         use_fp8_dispatch: rows are fp8 with scale factors.
-        allow_hybrid_mode: across domains, reduce inside a domain first.
+        allow_hybrid_mode: across domains, cross once for each domain and spread inside; else straight to each rank.
         allow_multiple_reduction: expanded combine may sum and round the slots of one rank first.
         prefer_overlap_with_compute: asynchronous calls leave a core to the computation; they always do here.
         num_cpu_timeout_secs: deadline of every wait, in seconds.
@@ -96,9 +97,7 @@ class ElasticBuffer:
         except Exception as e:  # whatever it is: the peers must hear of it
             refused = e
         self.group = group
-        self.rank_idx = self.scaleup_rank_idx = communicator.rank
-        self.num_ranks = self.num_scaleup_ranks = self.num_nvlink_ranks = communicator.size
-        self.scaleout_rank_idx, self.num_scaleout_ranks, self.num_rdma_ranks = 0, 1, 1
+        self.rank_idx, self.num_ranks = communicator.rank, communicator.size
         self.num_bytes = heap_bytes
         self.num_max_tokens_per_rank = sizes["num_max_tokens_per_rank"]
         self.num_allocated_qps = num_allocated_qps
@@ -119,9 +118,17 @@ class ElasticBuffer:
             },
             heap_bytes=heap_bytes,
             timeout_seconds=timeout,
+            allow_hybrid_mode=self.allow_hybrid_mode,
             refused=refused,
         )
-        self._requests = Requests(communicator.rank, communicator.size, self.num_max_tokens_per_rank)
+        domains = self._engine.info.logical_domains
+        self.scaleout_rank_idx = next(i for i, ranks in enumerate(domains) if self.rank_idx in ranks)
+        self.scaleup_rank_idx = domains[self.scaleout_rank_idx].index(self.rank_idx)
+        self.num_scaleout_ranks = self.num_rdma_ranks = len(domains)
+        self.num_scaleup_ranks = self.num_nvlink_ranks = len(domains[0])
+        self._requests = Requests(
+            communicator.rank, communicator.size, self.num_max_tokens_per_rank, self._engine.info.num_hops
+        )
         self._flights = Flights()
         self.number = register(self)
 
@@ -153,8 +160,8 @@ class ElasticBuffer:
         return torch.cpu.Stream()
 
     def get_physical_domain_size(self) -> tuple[int, int]:
-        """(scale-out ranks, scale-up ranks)."""
-        return self.num_scaleout_ranks, self.num_scaleup_ranks
+        """(scale-out ranks, scale-up ranks), by host or ``Settings.domain``."""
+        return sizes(self._engine.info.domains)
 
     def get_logical_domain_size(self) -> tuple[int, int]:
         """(scale-out ranks, scale-up ranks) as dispatch and combine use them."""
@@ -293,6 +300,7 @@ class ElasticBuffer:
             recv_src_metadata=got.recv_meta,
             recv_topk_idx=got.recv_topk_idx,
             has_host_counts=sync,
+            domains=self._engine.info.logical_domains,
             num_expanded_tokens=None
             if sync
             else self._requests.worst_rows(

@@ -9,7 +9,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,25 +17,12 @@ from typing import Any
 import torch
 
 from .backends.base import Backend, Statistics
-from .backends.collective import CollectiveBackend
-from .backends.shm import ShmBackend, unavailable_because
-from .communicator import Communicator
-from .errors import EPArgumentError, EPBackendUnavailableError, EPError, EPMismatchError
+from .choice import BACKENDS, Construction, domains_of, open_backend, sizes
+from .communicator import Communicator, communicator_of
+from .errors import EPArgumentError, EPError, EPMismatchError
 from .event import CompletionEvent, EventHandle, EventOverlap
 from .settings import Settings
 from .types import Combined, CombineSpec, Dispatched, DispatchSpec
-
-_BACKENDS = ("auto", "shm", "collective")
-
-
-@dataclass(frozen=True, slots=True)
-class BackendInfo:
-    """Which backend carries the rows, and why not another: ``refused`` maps a backend's name to the reason."""
-
-    name: str
-    refused: dict[str, str]
-    num_ranks: int
-    scaleup_ranks: tuple[int, ...]
 
 
 class Engine:
@@ -50,6 +37,7 @@ class Engine:
         agree: Mapping[str, Any],
         heap_bytes: int,
         timeout_seconds: float,
+        allow_hybrid_mode: bool = True,
         refused: Exception | None = None,
     ) -> None:
         """Meet the other ranks and open the backend.
@@ -59,6 +47,7 @@ class Engine:
             agree: constructor arguments that must be equal on all ranks, JSON-able.
             heap_bytes: heap to prefault.
             timeout_seconds: deadline of every wait.
+            allow_hybrid_mode: two hops where ranks are in several domains; else one.
             refused: this rank's arguments were refused: peers are told, then it is raised.
 
         Raises:
@@ -81,35 +70,23 @@ class Engine:
         ranks = [json.loads(a) for a in answers]
         _raise_refused(face, ranks)
         _raise_mismatch(face, [r["agree"] for r in ranks])
-        if settings.backend not in _BACKENDS:
-            raise EPArgumentError.of("backend", f"one of {_BACKENDS}", repr(settings.backend))
-
-        # Equal on all ranks and new for each construction: the identity of every segment.
-        epoch = sum(r["nonce"] for r in ranks) & (2**64 - 1)
+        if settings.backend not in BACKENDS:
+            raise EPArgumentError.of("backend", f"one of {BACKENDS}", repr(settings.backend))
         self.settings = replace(settings, timeout_seconds=timeout_seconds)
-        refusals: dict[str, str] = {}
+        construction = Construction(
+            communicator=communicator,
+            settings=self.settings,
+            hosts=[r["host"] for r in ranks],
+            # Equal on all ranks and new for each construction: the identity of every segment.
+            epoch=sum(r["nonce"] for r in ranks) & (2**64 - 1),
+            heap_bytes=settings.heap_bytes or heap_bytes,
+            num_cores=num_cores(),
+            allow_hybrid_mode=allow_hybrid_mode,
+        )
         self.backend: Backend
-        if settings.backend in ("auto", "shm"):
-            why = unavailable_because([r["host"] for r in ranks])
-            try:
-                if why:
-                    raise EPBackendUnavailableError(f"backend 'shm' does not work here: {why}", reasons={"shm": why})
-                self.backend = ShmBackend(
-                    communicator,
-                    self.settings,
-                    epoch=epoch,
-                    heap_bytes=settings.heap_bytes or heap_bytes,
-                    num_cores=num_cores(),
-                )
-            except EPBackendUnavailableError as e:
-                if settings.backend == "shm":
-                    raise
-                refusals["shm"] = e.reasons.get("shm", str(e))
-        if settings.backend == "collective" or refusals:
-            self.backend = CollectiveBackend(communicator, self.settings)
+        self.backend, self.info = open_backend(construction)
         communicator.close()
         self.rank, self.num_ranks = communicator.rank, communicator.size
-        self.info = BackendInfo(self.backend.name, refusals, self.num_ranks, tuple(range(self.num_ranks)))
         # Operations of one buffer run in call order, whichever thread calls.
         self._lock = threading.RLock()
         self._refusals = {op: Refusal(self.backend, self._lock, op) for op in ("dispatch", "combine")}
@@ -184,6 +161,15 @@ def host_facts() -> dict[str, str]:
     except OSError:
         boot_id = f"{platform.node()}-{platform.system()}"
     return {"boot_id": boot_id}
+
+
+def domain_sizes(group: Any) -> tuple[int, int]:
+    """(scale-out ranks, scale-up ranks) of a group; collective."""
+    communicator, settings = communicator_of(group), Settings.from_env()
+    mine = json.dumps({**host_facts(), "domain": settings.domain}).encode()
+    answers = communicator.exchange(mine, timeout=settings.connect_timeout_seconds, what="domain size")
+    communicator.close()
+    return sizes(domains_of([json.loads(a) for a in answers]))
 
 
 def num_cores() -> int:

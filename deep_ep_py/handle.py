@@ -24,7 +24,8 @@ class EPHandle:
         num_recv_tokens: N; without host sync the worst case R * M.
         num_expanded_tokens: rows of the expanded output, alignment gaps included; without host sync the worst case.
         num_recv_tokens_per_expert_list: aligned count of each local expert; empty without host sync.
-        psum_num_recv_tokens_per_scaleup_rank: [R] int32, received tokens of sources 0..r.
+        psum_num_recv_tokens_per_scaleup_rank: [U] int32, received tokens by the ranks 0..u of the domain that bring
+            them (over several domains each brings those of its rail).
         psum_num_recv_tokens_per_expert: [E_local] int32. Compact: inclusive sum of aligned counts. Expanded: entry i is
             the aligned sum of the experts before i plus the exact count of i.
         num_unaligned_recv_tokens_per_expert: [E_local] int32.
@@ -45,6 +46,7 @@ class EPHandle:
         recv_topk_idx: torch.Tensor | None,
         has_host_counts: bool,
         num_expanded_tokens: int | None,
+        domains: tuple[tuple[int, ...], ...],
     ) -> None:
         self.do_expand = plan.layout == "expand"
         self.num_experts = num_experts
@@ -58,6 +60,7 @@ class EPHandle:
         self._plan = plan
         self._recv_topk_idx = recv_topk_idx
         self._has_host_counts = has_host_counts
+        self._domains = domains
         if num_expanded_tokens is not None:
             self.num_expanded_tokens = num_expanded_tokens
 
@@ -83,6 +86,15 @@ def _psum_per_expert(handle: EPHandle) -> torch.Tensor:
     return ends - aligned + handle._plan.expert_counts if handle.do_expand else ends
 
 
+def _psum_per_scaleup_rank(handle: EPHandle) -> torch.Tensor:
+    ends = handle._plan.rank_prefix[:, handle._plan.rank]
+    if len(handle._domains) == 1:
+        return ends.contiguous()
+    by_source = ends.diff(prepend=ends.new_zeros(1))
+    by_index = by_source[torch.tensor(handle._domains, dtype=torch.int64, device="cpu")].sum(0)
+    return by_index.cumsum(0).to(torch.int32)
+
+
 def _dst_buffer_slot_idx(handle: EPHandle) -> torch.Tensor:
     plan, me, limit = handle._plan, handle._plan.rank, handle.num_max_tokens_per_rank
     ranks = target_ranks(plan.targets)
@@ -105,7 +117,7 @@ def _dst_buffer_slot_idx(handle: EPHandle) -> torch.Tensor:
 _LAZY = {
     "num_recv_tokens_per_expert_list": lambda h: _aligned_counts(h) if h._has_host_counts else [],
     "num_expanded_tokens": lambda h: sum(_aligned_counts(h)),
-    "psum_num_recv_tokens_per_scaleup_rank": lambda h: h._plan.rank_prefix[:, h._plan.rank].contiguous(),
+    "psum_num_recv_tokens_per_scaleup_rank": _psum_per_scaleup_rank,
     "psum_num_recv_tokens_per_expert": _psum_per_expert,
     "num_unaligned_recv_tokens_per_expert": lambda h: h._plan.expert_counts,
     "dst_buffer_slot_idx": _dst_buffer_slot_idx,
@@ -128,14 +140,53 @@ def pack_v1(plan: Plan, recv_src_idx: torch.Tensor, is_token_in_rank: torch.Tens
     return prefix, channel, recv_channel, recv_src_idx, is_token_in_rank, send_head
 
 
+def pack_v1_internode(
+    plan: Plan, recv_src_idx: torch.Tensor, is_token_in_rank: torch.Tensor, domains: tuple[tuple[int, ...], ...]
+) -> tuple[Any, ...]:
+    """V1's handle over D domains, one channel: (is_token_in_rank [T, R] bool, rdma_channel_prefix_matrix [D, 1] and
+    gbl_channel_prefix_matrix [R, 1], tokens to each domain and rank; recv_rdma_channel_prefix_matrix [D, 1] and
+    recv_rdma_rank_prefix_sum [D], tokens that reach this rank's rail from each domain; recv_gbl_channel_prefix_matrix
+    [R, 1] and recv_gbl_rank_prefix_sum [R], rows received from each rank; recv_src_meta [N], tokens' indices at their
+    source; send_rdma_head [T, D], index among the tokens sent to that domain, or -1), int32; last, where DeepEP has
+    the heads of the second hop, the plan of both, int64.
+    """
+    prefix, rank = plan.rank_prefix, plan.rank
+    before = prefix[rank - 1] if rank > 0 else torch.zeros_like(prefix[0])
+    in_domain = torch.stack([is_token_in_rank[:, list(ranks)].any(1) for ranks in domains], 1)
+    send_head = torch.where(in_domain, in_domain.cumsum(0) - 1, -1).to(torch.int32)
+    sent = in_domain.sum(0, dtype=torch.int32)
+    relayed = plan.relay_counts.to(torch.int32)
+    own = next(d for d, ranks in enumerate(domains) if rank in ranks)
+    relayed[own] = sent[own]
+    received = prefix[:, rank].contiguous()
+    return (
+        is_token_in_rank,
+        sent.unsqueeze(1),
+        (prefix[rank] - before).unsqueeze(1),
+        relayed.unsqueeze(1),
+        relayed.cumsum(0, dtype=torch.int32),
+        received.diff(prepend=received.new_zeros(1)).unsqueeze(1),
+        received,
+        recv_src_idx,
+        send_head,
+        plan.packed,
+    )
+
+
 def unpack_v1(handle: Any, rank: int, num_ranks: int) -> Plan:
     """The plan behind a V1 handle; made anew from its tensors, so that it may have passed through autograd contexts.
 
     Raises:
         EPArgumentError: not a handle of a dispatch over as many ranks.
     """
+    if isinstance(handle, tuple | list) and len(handle) == 10 and torch.is_tensor(handle[-1]):
+        plan = Plan.of(handle[-1])
+        if plan.num_ranks != num_ranks or plan.rank != rank or plan.layout != "rank":
+            made = f"rank {plan.rank} of {plan.num_ranks}"
+            raise EPArgumentError.of("handle", f"one made by rank {rank} of {num_ranks}", f"one made by {made}")
+        return plan
     if not isinstance(handle, tuple | list) or len(handle) != 6 or not all(torch.is_tensor(t) for t in handle):
-        raise EPArgumentError.of("handle", "the 6-tuple that dispatch returned", f"{type(handle).__name__}")
+        raise EPArgumentError.of("handle", "the tuple that dispatch returned", f"{type(handle).__name__}")
     prefix, _, _, recv_src_idx, is_token_in_rank, send_head = handle
     if prefix.shape != (num_ranks, num_ranks) or send_head.shape != is_token_in_rank.shape:
         raise EPArgumentError.of(

@@ -99,8 +99,11 @@ def _plan_fake(
         num_rows: Any = torch.library.get_ctx().new_dynamic_size()
     else:
         num_rows = requests.worst_rows(num_experts, num_topk, alignment, limit, expand=expand)
+    words: Any = plan_words(num_tokens, num_topk, requests.num_ranks, num_local)
+    if requests.takes_two_hops:
+        words = torch.library.get_ctx().new_dynamic_size()
     return [
-        topk_idx.new_empty(plan_words(num_tokens, num_topk, requests.num_ranks, num_local)),
+        topk_idx.new_empty(words),
         topk_idx.new_empty((num_rows, 1 if expand else num_topk)),
         topk_idx.new_empty(num_local, dtype=torch.int32),
     ]

@@ -37,7 +37,7 @@ class Plan(NamedTuple):
         expert_alignment: the multiple at which expanded blocks start, and to which reported counts are rounded up.
         num_max_tokens_per_rank: M, the stride of global token indices in the metadata.
         num_domains: D where rows take two hops, across domains and inside one; 0 where they take one.
-        num_relayed, relay_slots: tokens of other domains that this rank places for its rail, and columns of their targets.
+        num_relayed, relay_slots: tokens of other domains that this rank places for its rail; columns of their targets.
     """
 
     packed: torch.Tensor
@@ -89,22 +89,22 @@ class Plan(NamedTuple):
         digest: int,
         expert_alignment: int,
         num_max_tokens_per_rank: int,
-        rail: torch.Tensor | None = None,
+        relay_counts: torch.Tensor | None = None,
         relay: torch.Tensor | None = None,
     ) -> Plan:
         """A plan from its parts: ``targets`` [T, W], ``rank_prefix`` [R, R], ``expert_counts`` [E_local]; over several
-        domains ``rail`` [D, D] and ``relay`` [n, W'] int64."""
+        domains ``relay_counts`` [D] and ``relay`` [n, W'] int64."""
         sizes = (*targets.shape, rank_prefix.shape[0], rank, expert_counts.numel())
         rest = (num_rows, num_output_rows, num_recv_tokens, digest, expert_alignment, num_max_tokens_per_rank)
-        hops = (0, 0, 0) if rail is None or relay is None else (rail.shape[0], *relay.shape)
+        hops = (0, 0, 0) if relay_counts is None or relay is None else (relay_counts.shape[0], *relay.shape)
         words = (_C.plan_magic, LAYOUTS.index(layout), *sizes, *rest, *hops)
         header = torch.tensor(words, dtype=torch.int64, device="cpu")
         counts = torch.cat([rank_prefix.flatten(), expert_counts]).to(torch.int32)
         if counts.numel() % 2:
             counts = torch.cat([counts, counts.new_zeros(1)])
         parts = [header, counts.view(torch.int64), targets.flatten()]
-        if rail is not None and relay is not None:
-            parts += [rail.flatten(), relay.flatten()]
+        if relay_counts is not None and relay is not None:
+            parts += [relay_counts, relay.flatten()]
         return cls.of(torch.cat(parts))
 
     @property
@@ -117,15 +117,15 @@ class Plan(NamedTuple):
         return self.packed[first : first + self.num_tokens * self.num_slots].view(self.num_tokens, self.num_slots)
 
     @property
-    def rail(self) -> torch.Tensor:
-        """[D, D] int64, entry [o, d]: tokens that this rank's rail carries from domain o to domain d."""
+    def relay_counts(self) -> torch.Tensor:
+        """[D] int64: tokens that this rank relays for the rank of its rail in each domain; 0 for its own."""
         first = self.packed.numel() - self.num_relayed * self.relay_slots
-        return self.packed[first - self.num_domains**2 : first].view(self.num_domains, self.num_domains)
+        return self.packed[first - self.num_domains : first]
 
     @property
     def relay(self) -> torch.Tensor:
         """[num_relayed, relay_slots] int64: the targets, in this rank's domain, of the tokens that it relays: by origin
-        domain ascending (its own has none), then as the origin numbers them."""
+        domain ascending, then as the origin numbers them."""
         first = self.packed.numel() - self.num_relayed * self.relay_slots
         return self.packed[first:].view(self.num_relayed, self.relay_slots)
 

@@ -16,6 +16,9 @@ order, and the sum is rounded once, to nearest even. The recipes:
 - V2 expanded, multiple reduction not allowed: slots ascending, every slot's row into the one accumulator.
 - V2 expanded, multiple reduction allowed: the slots of one rank are summed first (slots ascending, from +0.0, in the
   accumulator's type) and rounded to the row dtype; that value is added at the position of the rank's highest slot.
+- Over several domains (``num_scaleup_ranks`` contiguous ranks each), unless V2 does not allow multiple reduction: each
+  of these sums is made for the ranks of one domain and rounded to the row dtype; that value is added at the position of
+  the domain's highest slot (V1: domains ascending). V1's weights are summed likewise.
 
 *Weights*: V1 sums every column over the destination ranks (float32, ascending rank, from +0.0, unmasked). V2 takes
 slot k from the rank that owns expert ``topk_idx[t, k]``, and 0 where that is -1.
@@ -23,7 +26,7 @@ slot k from the rank that owns expert ``topk_idx[t, k]``, and 0 where that is -1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -160,9 +163,9 @@ def contributions(y: Many, owner: Tensor, rows: Tensor) -> list[Contribution]:
     return parts
 
 
-def v1_contributions(y: Many, rows: Tensor) -> list[Contribution]:
+def v1_contributions(y: Many, rows: Tensor, size: int | None) -> list[Contribution]:
     """V1: ascending rank. ``rows`` [T, R]: one source rank's entry of :func:`compact_rows`."""
-    return contributions(y, torch.where(rows >= 0, iota(len(y)), -1), rows)
+    return domain_contributions(contributions, y, torch.where(rows >= 0, iota(len(y)), -1), rows, size)
 
 
 def v2_contributions(y: Many, owner: Tensor, rows: Tensor) -> list[Contribution]:
@@ -177,6 +180,19 @@ def v2_grouped_contributions(y: Many, owner: Tensor, rows: Tensor) -> list[Contr
         inner = contributions([source], torch.where(owner == r, 0, -1), rows)
         grouped.append(reduce_rows(inner, len(owner), source.shape[1], source.dtype))
     return v2_contributions(grouped, owner, iota(len(owner))[:, None].expand(-1, len(y)))
+
+
+def domain_contributions(
+    recipe: Callable[[Many, Tensor, Tensor], list[Contribution]], y: Many, owner: Tensor, rows: Tensor, size: int | None
+) -> list[Contribution]:
+    """``recipe`` for the ranks of each domain of ``size`` ranks, summed and rounded; None: all ranks are one domain."""
+    if size is None:
+        return recipe(y, owner, rows)
+    sums = []
+    for d in range(len(y) // size):
+        inner = recipe(y, torch.where(owner // size == d, owner, -1), rows)
+        sums.append(reduce_rows(inner, len(owner), y[0].shape[1], y[0].dtype))
+    return v2_contributions(sums, owner // size, iota(len(owner))[:, None].expand(-1, len(sums)))
 
 
 def slot_weights(weights: Many, owner: Tensor, rows: Tensor) -> Tensor:
@@ -270,7 +286,12 @@ def v1_dispatch(
 
 
 def v1_combine(
-    y: Many, is_token_in_rank: Many, *, topk_weights: Many | None = None, bias: Sequence[Many] | None = None
+    y: Many,
+    is_token_in_rank: Many,
+    *,
+    topk_weights: Many | None = None,
+    bias: Sequence[Many] | None = None,
+    num_scaleup_ranks: int | None = None,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """``y`` [N, H] and ``topk_weights`` [N, K] by destination rank; ``bias``: per source rank, none to two [T, H].
 
@@ -278,10 +299,10 @@ def v1_combine(
     """
     combined = []
     for rank, rows in enumerate(compact_rows(is_token_in_rank)):
-        parts, weights = v1_contributions(y, rows), None
+        parts, weights = v1_contributions(y, rows, num_scaleup_ranks), None
         out = reduce_rows(parts, len(rows), y[rank].shape[1], y[rank].dtype, bias[rank] if bias else ())
         if topk_weights is not None:
-            parts = v1_contributions(topk_weights, rows)
+            parts = v1_contributions(topk_weights, rows, num_scaleup_ranks)
             weights = reduce_rows(parts, len(rows), topk_weights[rank].shape[1], torch.float32)
         combined.append((out, weights))
     return combined
@@ -380,6 +401,7 @@ def v2_combine(
     allow_multiple_reduction: bool = True,
     topk_weights: Many | None = None,
     bias: Sequence[Many] | None = None,
+    num_scaleup_ranks: int | None = None,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """``y`` by destination rank ([N, H], expanded [rows, H]), ``topk_weights`` likewise ([N, K], expanded [rows]).
 
@@ -389,10 +411,12 @@ def v2_combine(
     token_rows = compact_rows([tokens_in_ranks(t, placement) for t in topk_idx])
     slot_rows, _ = expanded_rows(topk_idx, placement, expert_alignment)
     expand_recipe = v2_grouped_contributions if allow_multiple_reduction else contributions
+    recipe = expand_recipe if do_expand else v2_contributions
+    size = num_scaleup_ranks if allow_multiple_reduction else None
     combined = []
     for rank, (by_rank, by_slot) in enumerate(zip(token_rows, slot_rows, strict=True)):
         owner = placement.owner[topk_idx[rank]]
-        parts = expand_recipe(y, owner, by_slot) if do_expand else v2_contributions(y, owner, by_rank)
+        parts = domain_contributions(recipe, y, owner, by_slot if do_expand else by_rank, size)
         out, weights = reduce_rows(parts, len(owner), y[rank].shape[1], y[rank].dtype, bias[rank] if bias else ()), None
         if topk_weights is not None:
             weights = slot_weights(topk_weights, owner, by_slot if do_expand else by_rank.gather(1, owner.clamp(min=0)))

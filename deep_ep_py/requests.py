@@ -22,8 +22,9 @@ Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 class Requests:
     """Builds the specs of one buffer. All methods raise EPArgumentError."""
 
-    def __init__(self, rank: int, num_ranks: int, num_max_tokens_per_rank: int) -> None:
+    def __init__(self, rank: int, num_ranks: int, num_max_tokens_per_rank: int, num_hops: int) -> None:
         self._rank = rank
+        self._num_hops = num_hops
         self.num_ranks = num_ranks
         self._num_max_tokens_per_rank = num_max_tokens_per_rank
         self._placements: dict[int, ExpertPlacement] = {}
@@ -177,6 +178,7 @@ class Requests:
             weights=topk_weights,
             bias=validate.biases(bias, y, plan.num_tokens),
             reduce_per_rank=expand and allow_multiple_reduction,
+            reduce_per_domain=allow_multiple_reduction,
         )
 
     def check_plan(self, plan: Plan) -> Plan:
@@ -190,6 +192,11 @@ class Requests:
         if not isinstance(handle, EPHandle):
             raise EPArgumentError.of("handle", "the EPHandle that dispatch returned", validate.describe(handle))
         return self.check_plan(handle._plan)
+
+    @property
+    def takes_two_hops(self) -> bool:
+        """Plans then have a second part, as long as the tokens that this rank relays."""
+        return self._num_hops > 1
 
     def num_local_experts(self, num_experts: int) -> int:
         """Experts of this rank. No tables are built: fake kernels ask for it, in whose mode tensors have no data."""

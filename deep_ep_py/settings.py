@@ -18,7 +18,7 @@ class Settings:
     """What a user may tune. Each field can be set by the environment variable ``DEEP_EP_PY_<FIELD>``.
 
     Attributes:
-        backend: ``"auto"`` (fastest that works), or a backend's exact name (``"shm"``, ``"collective"``).
+        backend: ``"auto"`` (fastest that works), or a backend's exact name (``"shm"``, ``"hybrid"``, ``"collective"``).
         timeout_seconds: deadline of every wait, in seconds. ElasticBuffer's ``num_cpu_timeout_secs`` overrides it.
         connect_timeout_seconds: how long construction waits for every rank, in seconds.
         max_heap_bytes: how many bytes of returned tensors one rank's heap may hold before results move to
@@ -26,6 +26,8 @@ class Settings:
         heap_bytes: bytes of heap to prefault at construction; 0: what the constructor's hint asks for.
         num_threads: copy threads per rank; 0: cores divided by the ranks of this host.
         spin_microseconds: how long a wait spins before it sleeps; -1: 200 where every rank has a core, else 0.
+        link_gbps: rate of a host's link to the others, in Gbit/s, by which the size of chunks is chosen that cross
+            domains; 0: measured.
         domain: ranks with the same non-empty word share memory; empty: found out (same boot id, mappable memory).
     """
 
@@ -36,12 +38,15 @@ class Settings:
     heap_bytes: int = 0
     num_threads: int = 0
     spin_microseconds: int = -1
+    link_gbps: float = 0.0
     domain: str = ""
 
     def __post_init__(self) -> None:
         for name in ("timeout_seconds", "connect_timeout_seconds"):
             if not getattr(self, name) > 0:
                 raise EPArgumentError.of(f"Settings.{name}", "a positive number of seconds", getattr(self, name))
+        if not self.link_gbps >= 0:
+            raise EPArgumentError.of("Settings.link_gbps", "a rate in Gbit/s, 0 to measure it", self.link_gbps)
         for name in ("max_heap_bytes", "heap_bytes", "num_threads"):
             if getattr(self, name) < 0:
                 raise EPArgumentError.of(f"Settings.{name}", "a whole number, 0 for the default", getattr(self, name))

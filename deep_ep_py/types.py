@@ -124,6 +124,7 @@ class CombineSpec:
         weights: float32 or float64: [rows, K] (``rank``, ``topk``) or [rows] (``expand``), contiguous, or None.
         bias: 0, 1 or 2 tensors [T, H] of y's dtype, contiguous.
         reduce_per_rank: expanded only: sum and round the slots of one rank first.
+        reduce_per_domain: over several domains: sum and round the rows of one domain first.
         max_threads: upper bound of copy threads; 0: the default.
     """
 
@@ -132,6 +133,7 @@ class CombineSpec:
     weights: torch.Tensor | None = None
     bias: tuple[torch.Tensor, ...] = ()
     reduce_per_rank: bool = False
+    reduce_per_domain: bool = True
     max_threads: int = 0
 
 

@@ -25,9 +25,10 @@ MAX_LINES = 400
 LAYERS = (
     ("_C",),
     ("errors", "settings", "plans", "types", "event", "utils"),
-    ("reference", "layout", "communicator", "_rows"),
+    ("reference", "layout", "communicator", "_rows", "_pairs", "_mpi", "_mpi_duplicate", "launch"),
     ("backends",),
-    ("engine", "handle", "config", "validate", "sizes", "requests", "registry", "tickets", "operators", "ops"),
+    ("choice", "engine", "handle", "config", "validate", "sizes"),
+    ("requests", "registry", "tickets", "operators", "ops"),
     ("buffer", "elastic", "autograd"),
     ("nn",),
     ("compat", "_as_deep_ep", "run", "doctor", "__main__", "testing"),

@@ -1,8 +1,8 @@
 // A plan as one array of 64-bit words, so that it passes through whatever carries a tensor: an autograd graph, a
 // compiled graph, a checkpointed region. Header, then counts (int32, [num_ranks, num_ranks] inclusive sums over sources
-// and [num_local] slots received per expert), then targets [num_tokens, num_slots]. Over several domains there is a
-// second hop: how many tokens each rank of the rail sends to each domain, [num_domains, num_domains], and the targets
-// of the tokens that this rank relays for its rail, by origin, [num_relayed, relay_slots].
+// and [num_local] slots received per expert), then targets [num_tokens, num_slots]. Over several domains there is a second
+// hop: how many tokens this rank relays for each domain, [num_domains], and their targets, by origin,
+// [num_relayed, relay_slots].
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,7 @@ inline int64_t plan_words(int64_t num_tokens, int64_t num_slots, int64_t num_ran
   return kPlanHeaderWords + plan_count_words(num_ranks, num_local) + num_tokens * num_slots;
 }
 inline int64_t relay_words(int64_t num_domains, int64_t num_relayed, int64_t relay_slots) {
-  return num_domains * num_domains + num_relayed * relay_slots;
+  return num_domains + num_relayed * relay_slots;
 }
 
 // The array's parts. Nothing is checked here: see `wrong_plan`.

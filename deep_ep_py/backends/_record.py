@@ -6,13 +6,15 @@ A record has one size for every operation, so that ranks which disagree about th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 
 from .._rows import RowChannel, name_ranks
 from ..errors import EPArgumentError, EPMismatchError
+from ..event import CompletionEvent
+from ._order import Refused
 
 _RECORD_BYTES = 4096
 _TEXT_CHARACTERS = 300  # of a failure; json may spend 6 to 12 bytes on one of them
@@ -36,14 +38,36 @@ class Record:
     failed: str = ""
 
 
-def meet(channel: RowChannel, num_ranks: int, record: Record) -> list[Record]:
+#: Everyone's tensor [n], as [R, n] by rank.
+Gather = Callable[[torch.Tensor], torch.Tensor]
+
+
+def take_part(
+    gather: Gather, rank: int, record: Record, check: Callable[[], None], previous: Sequence[CompletionEvent]
+) -> list[Record]:
+    """Take the operation's place in the order. What this rank refuses, its peers learn here."""
+    refusal: Exception | None = None
+    try:
+        check()
+        for event in previous:
+            event.wait()
+    except Exception as e:
+        refusal = e
+        record.failed = str(e) or type(e).__name__
+    records = meet(gather, record)
+    if refusal is not None:
+        raise Refused(refusal)
+    judge(records, rank)
+    return records
+
+
+def meet(gather: Gather, record: Record) -> list[Record]:
     """Everyone's record, by rank."""
     record.failed = record.failed[:_TEXT_CHARACTERS]
     data = json.dumps(asdict(record)).encode()
     assert len(data) <= _RECORD_BYTES, "a record has outgrown its fixed size"
     own = torch.frombuffer(bytearray(data.ljust(_RECORD_BYTES)), dtype=torch.uint8)
-    everyones = all_gather(channel, num_ranks, own)
-    return [Record(**json.loads(row.numpy().tobytes())) for row in everyones]
+    return [Record(**json.loads(row.numpy().tobytes())) for row in gather(own)]
 
 
 def all_gather(channel: RowChannel, num_ranks: int, own: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ def build_plan(
     assert placement is not None
     num_ranks = counts.shape[0]
     tokens, slots = counts[:, :num_ranks], counts[:, num_ranks:]
-    local = _experts_of(placement, rank)
+    local = experts_of(placement, rank)
     num_rows = rows_per_rank(spec, counts)[rank]
     expand = spec.layout == "expand"
     targets = _expanded_targets(spec, slots, rank) if expand else _targets(spec, in_rank, tokens, rank)
@@ -83,7 +83,7 @@ def build_plan(
         rank_prefix=tokens.cumsum(0),
         expert_counts=slots.sum(0)[local],
         rank=rank,
-        digest=_digest(spec, counts) ^ seq,
+        digest=plan_digest(spec, counts) ^ seq,
         expert_alignment=spec.expert_alignment,
         num_max_tokens_per_rank=num_max_tokens,
     )
@@ -113,7 +113,7 @@ def _expanded_targets(spec: DispatchSpec, slots: torch.Tensor, rank: int) -> tor
     totals = slots.sum(0).tolist()
     for r in range(slots.shape[0]):
         row = 0
-        for expert in _experts_of(spec.placement, r).tolist():
+        for expert in experts_of(spec.placement, r).tolist():
             first[expert] += row  # ... in the expert's block
             row += align(totals[expert], spec.expert_alignment)
     expert = spec.topk_idx.reshape(-1)
@@ -127,7 +127,7 @@ def _expanded_targets(spec: DispatchSpec, slots: torch.Tensor, rank: int) -> tor
     return encode_targets(owner, row_of.view_as(owner), torch.zeros_like(owner, dtype=torch.bool))
 
 
-def _experts_of(placement: ExpertPlacement, rank: int) -> torch.Tensor:
+def experts_of(placement: ExpertPlacement, rank: int) -> torch.Tensor:
     """[E_local] int64: the rank's experts in the order of their local ids."""
     mine = (placement.rank == rank).nonzero().reshape(-1)
     return mine[torch.argsort(placement.local[mine], stable=True)]
@@ -141,7 +141,7 @@ def _look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.where(index >= 0, found, torch.full_like(found, -1))
 
 
-def _digest(spec: DispatchSpec, counts: torch.Tensor) -> int:
+def plan_digest(spec: DispatchSpec, counts: torch.Tensor) -> int:
     h = hashlib.blake2b(counts.numpy().tobytes(), digest_size=8)
     h.update(repr((spec.layout, tuple(counts.shape), spec.expert_alignment, spec.num_max_tokens_per_rank)).encode())
     return int.from_bytes(h.digest(), "little") >> 1

@@ -17,12 +17,14 @@ Operations of one backend object run in call order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from ..errors import EPError
 from ..event import CompletionEvent
+from ..plans import Plan, PlanLayout
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
 
 
@@ -41,6 +43,28 @@ class Flight:
     state: Any = None
 
 
+@dataclass(slots=True, eq=False)
+class Relayed:
+    """Tokens of one origin that a rank places in its domain: its own, or those that it relays for a rank of its rail.
+
+    Attributes:
+        targets: [n, W] int64 contiguous, of the buffer's ranks; those of other domains are skipped.
+        x, sf: [n, ..] rows of bytes, unit stride in a row; None where other calls place them.
+        small: ids, weights and source indices are placed by this call; with them
+        tokens: [n] int32, indices at the origin (None: 0, 1, ...); topk_idx: [n, K] int64; topk_weights: [n, K];
+            first_token: [U] int64, expanded: the origin's first among each destination's unique tokens.
+    """
+
+    targets: torch.Tensor
+    x: torch.Tensor | None = None
+    sf: torch.Tensor | None = None
+    small: bool = False
+    tokens: torch.Tensor | None = None
+    topk_idx: torch.Tensor | None = None
+    topk_weights: torch.Tensor | None = None
+    first_token: torch.Tensor | None = None
+
+
 @dataclass(slots=True)
 class Statistics:
     """Counters of one backend object; all monotone but ``heap_bytes``, ``held_bytes`` and ``segments``.
@@ -51,6 +75,7 @@ class Statistics:
         heap_bytes: of this rank's heap. held_bytes: of it, in tensors and under way. segments: pieces it grew in.
         moved_to_ordinary_memory: results that did not stay in the heap, because the user holds its limit already.
         copied_combine_inputs: combines whose rows had to be copied into the heap first.
+        wait_seconds: by rank of the rail, seconds that this rank has waited for what that one sends across domains.
     """
 
     operations: int = 0
@@ -61,6 +86,7 @@ class Statistics:
     segments: int = 0
     moved_to_ordinary_memory: int = 0
     copied_combine_inputs: int = 0
+    wait_seconds: dict[int, float] = field(default_factory=dict)
 
 
 class Backend(Protocol):
@@ -107,3 +133,54 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give everything back. Idempotent, not collective; tensors and plans stay valid."""
+
+
+class Domain(Backend, Protocol):
+    """A backend whose operations can be run in pieces, as the inner hop of ranks in several domains."""
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        """[U, ...]: everyone's ``own``, contiguous and equal in shape."""
+
+    def hop_begin(self, spec: DispatchSpec, plan: Plan, tokens_to: torch.Tensor, rows_to: torch.Tensor) -> Flight:
+        """Begin a dispatch whose counts all ranks know: ``tokens_to`` and ``rows_to`` [R] int64, of every rank."""
+
+    def place(self, flight: Flight, source: Relayed) -> None:
+        """Write rows, or what goes beside them, at their final place. Any number of times."""
+
+    def hop_finish(self, flight: Flight) -> None:
+        """Everything is placed: signal, and wait for the others. ``flight.result`` is complete."""
+
+    def pull_begin(self, spec: CombineSpec) -> Any:
+        """Publish where the rows lie that this rank's experts made, and learn where everyone's do."""
+
+    def pull(
+        self,
+        flight: Any,
+        layout: PlanLayout,
+        targets: torch.Tensor,
+        reduce_per_rank: bool,
+        out: torch.Tensor | None,
+        out_weights: torch.Tensor | None,
+    ) -> None:
+        """The sums of this domain's rows of some tokens; ``out`` [n, H], ``out_weights`` [n, ..], or None."""
+
+    def pull_end(self, flight: Any) -> None:
+        """Nothing more is read."""
+
+    def reduce(
+        self,
+        layout: PlanLayout,
+        home: torch.Tensor,
+        rows: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        out: Combined,
+        first: int,
+        end: int,
+        biases: Sequence[torch.Tensor],
+        max_threads: int,
+    ) -> None:
+        """Tokens [first, end) of ``out`` from what the domains returned: ``home`` names domain and row; ``rows`` and
+        ``weights`` by domain, either of them empty."""
+
+    def poison(self, error: EPError) -> None:
+        """Peers in this domain raise ``error`` from now on."""

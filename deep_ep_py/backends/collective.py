@@ -8,30 +8,26 @@ names and adds them (:mod:`._recipe`). Memory is ordinary memory on the CPU.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 
 from .._rows import RowChannel
 from ..communicator import Communicator
-from ..errors import EPArgumentError, EPError, EPMismatchError, EPPeerError, EPTimeoutError
 from ..event import CompletionEvent
 from ..layout import target_rows
 from ..settings import Settings
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
 from ._checks import check_combine, check_dispatch, check_worst_case, combine_agrees_on, dispatch_agrees_on
 from ._deliver import Delivery, allocate
+from ._order import Order
 from ._recipe import combine_rows, combine_weights, positions
-from ._record import Record, all_gather, judge, meet
+from ._record import Record, all_gather, meet, take_part
 from ._routing import build_plan, own_counts, tokens_in_ranks
-from ._worker import Completion, Worker
+from ._worker import Completion
 from .base import Flight, Statistics
 
 __all__ = ["CollectiveBackend"]
-
-T = TypeVar("T")
 
 
 class CollectiveBackend:
@@ -49,13 +45,8 @@ class CollectiveBackend:
         self.num_ranks = communicator.size
         communicator.exchange(b"", timeout=settings.connect_timeout_seconds, what="backend collective")
         self._channel: RowChannel = communicator.open_rows(timeout=settings.timeout_seconds)
-        self._worker = Worker(f"deep_ep_py-collective-{self.rank}")
+        self._order = Order(f"deep_ep_py-collective-{self.rank}", self.rank, lambda _: self._channel.close())
         self._statistics = Statistics()
-        self._seq = 0
-        self._at = ("", "", 0)  # operation, phase, sequence number: for errors that come from the channel
-        self._poison: EPError | None = None
-        self._closed = False
-        self._pid = os.getpid()
 
     # Dispatch -------------------------------------------------------------------------------------------------------
 
@@ -68,12 +59,12 @@ class CollectiveBackend:
             EPArgumentError, EPMismatchError: on every rank; nothing has moved and the buffer stays usable.
             EPTimeoutError, EPPeerError: ranks did not come or are gone; the buffer is poisoned.
         """
-        begun = self._in_order("dispatch", lambda: self._begin_dispatch(spec, previous), background)
+        begun = self._order.run("dispatch", lambda: self._begin_dispatch(spec, previous), background)
         return Flight(begun.result, Completion() if background else None, begun)
 
     def dispatch_send(self, flight: Flight) -> None:
         delivery, flight.state = flight.state, None
-        self._start("dispatch", lambda: self._deliver(delivery), flight.event)
+        self._order.start("dispatch", lambda: self._deliver(delivery), flight.event)
 
     def dispatch_recv(self, flight: Flight) -> Dispatched:
         result: Dispatched = flight.result
@@ -88,15 +79,15 @@ class CollectiveBackend:
         plan = spec.plan
         if plan is None:
             in_rank = tokens_in_ranks(spec, self.num_ranks)
-            counts = all_gather(self._channel, self.num_ranks, own_counts(spec, in_rank))
+            counts = self._gather(own_counts(spec, in_rank))
             self._statistics.rendezvous_with_counts += 1
-            check_worst_case(spec, counts, [r.tell["num_worst_tokens"] for r in records], self._seq)
+            check_worst_case(spec, counts, [r.tell["num_worst_tokens"] for r in records], self._order.seq)
             num_max_tokens = spec.num_max_tokens_per_rank or max(r.tell["num_tokens"] for r in records)
-            plan = build_plan(spec, in_rank, counts, self.rank, num_max_tokens, self._seq)
-        return Delivery(spec, allocate(spec, plan, self.num_ranks), self.rank, self.num_ranks, self._seq)
+            plan = build_plan(spec, in_rank, counts, self.rank, num_max_tokens, self._order.seq)
+        return Delivery(spec, allocate(spec, plan, self.num_ranks), self.rank, self.num_ranks, self._order.seq)
 
     def _deliver(self, delivery: Delivery) -> None:
-        self._at = ("dispatch", "arrive", delivery.seq)
+        self._order.at = ("dispatch", "arrive", delivery.seq)
         delivery.run(self._channel)
 
     # Combine --------------------------------------------------------------------------------------------------------
@@ -116,7 +107,7 @@ class CollectiveBackend:
     def combine_send(self, flight: Flight) -> None:
         (spec, previous), flight.state = flight.state, None
         result = flight.result
-        self._start("combine", lambda: self._combine(spec, previous, result), flight.event)
+        self._order.start("combine", lambda: self._combine(spec, previous, result), flight.event)
 
     def combine_recv(self, flight: Flight) -> Combined:
         result: Combined = flight.result
@@ -124,7 +115,7 @@ class CollectiveBackend:
 
     def _combine(self, spec: CombineSpec, previous: Sequence[CompletionEvent], result: Combined) -> None:
         self._meet("combine", combine_agrees_on(spec), {}, lambda: check_combine(spec), previous)
-        self._at = ("combine", "pull", self._seq)
+        self._order.enter("pull")
         index, wanted, position = positions(spec.plan, self.num_ranks)
         ones = [1] * self.num_ranks
         asked_of_me = torch.empty(self.num_ranks, dtype=torch.int64, device="cpu")
@@ -149,15 +140,13 @@ class CollectiveBackend:
     # The rest -------------------------------------------------------------------------------------------------------
 
     def barrier(self) -> None:
-        self._in_order("barrier", lambda: self._meet("barrier", {}, {}), background=False)
+        self._order.run("barrier", lambda: self._meet("barrier", {}, {}), background=False)
 
     def fail(self, op: str, message: str) -> None:
         def announce() -> None:
-            self._seq += 1
-            self._at = (op, "notify", self._seq)
-            meet(self._channel, self.num_ranks, Record(op, self._seq, failed=message))
+            meet(self._gather, Record(op, self._order.begin(op), failed=message))
 
-        self._in_order(op, announce, background=False)
+        self._order.run(op, announce, background=False)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
@@ -165,16 +154,17 @@ class CollectiveBackend:
     def statistics(self) -> Statistics:
         return copy.deepcopy(self._statistics)
 
+    def abort(self, flight: Flight) -> None:  # noqa: ARG002
+        """See :class:`.base.Backend`."""
+        self._order.give_up("a dispatch was begun and then given up")
+
     def close(self) -> None:
         """Wait for this rank's own operations in flight, then leave; peers are not waited for."""
-        if not self._closed:
-            self._closed = True
-            if os.getpid() != self._pid:
-                return  # a forked child has neither the worker nor the connections
-            self._worker.join()
+        if self._order.close():
             self._channel.close()
 
-    # Order and failure ----------------------------------------------------------------------------------------------
+    def _gather(self, own: torch.Tensor) -> torch.Tensor:
+        return all_gather(self._channel, self.num_ranks, own)
 
     def _meet(
         self,
@@ -184,99 +174,7 @@ class CollectiveBackend:
         check: Callable[[], None] = lambda: None,
         previous: Sequence[CompletionEvent] = (),
     ) -> list[Record]:
-        """Take the operation's place in the order. What this rank refuses, its peers learn here."""
-        self._seq += 1
-        self._at = (op, "notify", self._seq)
-        record = Record(op, self._seq, agree, tell)
-        refusal: Exception | None = None
-        try:
-            check()
-            for event in previous:
-                event.wait()
-        except Exception as e:
-            refusal = e
-            record.failed = str(e) or type(e).__name__
-        records = meet(self._channel, self.num_ranks, record)
-        if refusal is not None:
-            raise _Refused(refusal)
-        judge(records, self.rank)
+        record = Record(op, self._order.begin(op), agree, tell)
+        records = take_part(self._gather, self.rank, record, check, previous)
         self._statistics.operations += 1
         return records
-
-    def _in_order(self, op: str, step: Callable[[], T], background: bool) -> T:
-        """Run a step after all earlier ones, and wait for it."""
-        if os.getpid() != self._pid:
-            raise EPError(f"this buffer belongs to process {self._pid}, and this is its forked child: build one here")
-        if not background:
-            self._worker.drain()
-            return self._guarded(step)
-        results: list[T] = []
-        ended = Completion()
-        self._start(op, lambda: results.append(step()), ended)
-        try:
-            ended.wait()
-        except BaseException as e:
-            if not ended.done():  # Ctrl-C: the worker is in the middle of something that nobody will finish
-                self._poison_by(e)
-            raise
-        return results[0]
-
-    def _start(self, op: str, step: Callable[[], object], event: CompletionEvent | None) -> None:
-        """Run a step now, or after the background operations before it where there is an event to end."""
-        if event is None:
-            self._in_order(op, step, background=False)
-            return
-        assert isinstance(event, Completion)
-        inference = torch.is_inference_mode_enabled()
-
-        def job() -> None:
-            try:
-                with torch.inference_mode(inference):
-                    self._guarded(step)
-            except BaseException as e:
-                event.end(e)
-            else:
-                event.end()
-
-        self._worker.submit(job)
-
-    def _guarded(self, step: Callable[[], T]) -> T:
-        """Run a step. Unless all ranks know how it failed, the state of the exchange is unknown from then on."""
-        if self._poison is not None:
-            raise copy.copy(self._poison)
-        if self._closed:
-            raise EPError("this buffer is closed: build a new one")
-        try:
-            with torch.no_grad():
-                return step()
-        except _Refused as e:
-            raise e.reason from None
-        except (EPArgumentError, EPMismatchError):
-            raise
-        except BaseException as e:
-            self._poison_by(e)
-            raise
-
-    def abort(self, flight: Flight) -> None:  # noqa: ARG002
-        """See :class:`.base.Backend`."""
-        if self._poison is None and not self._closed:
-            self._poison_by(EPError("a dispatch was begun and then given up"))
-
-    def _poison_by(self, e: BaseException) -> None:
-        op, phase, seq = self._at
-        if isinstance(e, (EPTimeoutError, EPPeerError)):
-            e.op, e.phase, e.seq = op, phase, seq
-            e.args = (f"{op} (operation {seq}, {phase}): {e}",)
-            self._poison = copy.copy(e)
-        else:
-            message = f"{op} (operation {seq}, {phase}) ended by {type(e).__name__}: {e}; build a new buffer"
-            self._poison = EPError(message, op=op, phase=phase, seq=seq, ranks=(self.rank,))
-        self._channel.close()  # peers notice
-
-
-class _Refused(Exception):
-    """This rank could not take part, and every peer knows."""
-
-    def __init__(self, reason: Exception) -> None:
-        super().__init__()
-        self.reason = reason

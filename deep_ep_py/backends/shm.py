@@ -21,7 +21,7 @@ from .base import Flight, Statistics
 
 _LAYOUT = {layout: number for number, layout in enumerate(LAYOUTS)}
 _OPS = {"dispatch": 1, "combine": 3, "barrier": 4}
-_ROW_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+ROW_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 # DLPack type code and bits of what torch can take over as it is; other types travel as bytes.
 _DLPACK = {
     torch.bfloat16: (4, 16),
@@ -35,7 +35,7 @@ _DLPACK = {
     torch.int64: (0, 64),
 }
 # Each dtype as a number that errors can spell out: up to eight letters of its short name.
-_DTYPE_CODES = {
+DTYPE_CODES = {
     dtype: int.from_bytes(str(dtype).removeprefix("torch.").replace("float", "f").encode()[-8:], "little")
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype)
@@ -147,13 +147,13 @@ class ShmBackend:
             cached=plan is not None,
             num_tokens=num_tokens,
             num_topk=num_topk,
-            topk_idx=_address(topk_idx),
-            topk_weights=_address(weights),
+            topk_idx=address(topk_idx),
+            topk_weights=address(weights),
             has_topk=topk_idx is not None,
             weight_bytes=0 if weights is None else weights.element_size(),
-            is_token_in_rank=_address(spec.is_token_in_rank),
-            num_tokens_per_rank=_address(spec.num_tokens_per_rank),
-            num_tokens_per_expert=_address(spec.num_tokens_per_expert),
+            is_token_in_rank=address(spec.is_token_in_rank),
+            num_tokens_per_rank=address(spec.num_tokens_per_rank),
+            num_tokens_per_expert=address(spec.num_tokens_per_expert),
             num_experts=0 if placement is None else placement.num_experts,
             num_local=num_local,
             expert_rank=0 if placement is None else placement.rank.data_ptr(),
@@ -163,8 +163,8 @@ class ShmBackend:
             x_stride_bytes=x.stride(0) * x.element_size() if num_tokens > 1 else row_bytes,
             row_bytes=row_bytes,
             hidden=hidden,
-            dtype=_DTYPE_CODES[x.dtype],
-            sf=_address(sf),
+            dtype=DTYPE_CODES[x.dtype],
+            sf=address(sf),
             sf_bytes=0 if sf is None else sf.shape[1] * sf.element_size(),
             expert_alignment=spec.expert_alignment,
             zero_padding=spec.zero_padding,
@@ -224,11 +224,11 @@ class ShmBackend:
         flight.event = self._engine.dispatch_move(
             flight=core,
             recv_x=out.recv_x.data_ptr() if moved else 0,
-            recv_sf=_address(out.recv_sf) if moved or spec.col_major_sf else 0,
+            recv_sf=address(out.recv_sf) if moved or spec.col_major_sf else 0,
             recv_sf_leading=out.recv_sf.stride(1) if out.recv_sf is not None and spec.col_major_sf else 0,
-            recv_topk_idx=_address(out.recv_topk_idx),
-            recv_topk_weights=_address(out.recv_topk_weights),
-            recv_meta=_address(out.recv_meta),
+            recv_topk_idx=address(out.recv_topk_idx),
+            recv_topk_weights=address(out.recv_topk_weights),
+            recv_meta=address(out.recv_meta),
         )
         if background:
             self._keep(flight)
@@ -267,8 +267,8 @@ class ShmBackend:
             y_stride_bytes=y.stride(0) * y.element_size() if plan.num_rows > 1 else row_bytes,
             row_bytes=row_bytes,
             hidden=y.shape[1],
-            dtype=_ROW_TYPES[y.dtype],
-            weights=_address(weights),
+            dtype=ROW_TYPES[y.dtype],
+            weights=address(weights),
             weight_bytes=4 if weights is None else weights.element_size(),
             num_weights=0 if weights is None else weights.shape[1] if weights.dim() == 2 else 1,
             num_bias=len(spec.bias),
@@ -276,7 +276,7 @@ class ShmBackend:
             bias1=spec.bias[1].data_ptr() if len(spec.bias) > 1 else 0,
             reduce_per_rank=spec.reduce_per_rank,
             out=out.combined_x.data_ptr(),
-            out_weights=_address(out.combined_topk_weights),
+            out_weights=address(out.combined_topk_weights),
             max_threads=spec.max_threads,
             background=background,
             previous=self._core_events("combine", previous),
@@ -304,7 +304,8 @@ class ShmBackend:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu") if tensor is None else tensor
 
     def statistics(self) -> Statistics:
-        return Statistics(**self._engine.statistics())
+        counters: dict[str, Any] = self._engine.statistics()
+        return Statistics(**counters)
 
     def set_phase_hook(self, hook: Any) -> None:
         """For tests: ``hook(phase)`` is called in every phase of every operation, in the thread that runs it."""
@@ -363,5 +364,5 @@ def _as_stored(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, .
     return (*shape[:-1], shape[-1] * dtype.itemsize), 1, 8
 
 
-def _address(tensor: torch.Tensor | None) -> int:
+def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()

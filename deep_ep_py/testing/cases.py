@@ -6,16 +6,34 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..settings import Settings
 
 #: The backends that every conformance test runs on. A backend joins by one line.
 BACKENDS = (
     "shm",
     "collective",
+    "hybrid",
 )
+
+
+def settings_for(backend: str, rank: int, num_ranks: int) -> Settings:
+    """Ranks of ``hybrid`` play hosts of half the ranks each, where these are even and more than two, else of one."""
+    if backend != "hybrid":
+        return Settings()
+    size = num_ranks // 2 if num_ranks % 2 == 0 else 1
+    return Settings(domain=f"host {rank // size}")
+
+
+def domain_size(buffer: Any) -> int | None:
+    """Ranks of each domain where rows take two hops."""
+    info = buffer.backend_info()
+    return len(info.scaleup_ranks) if info.num_hops == 2 else None
+
 
 #: Dtypes that combine adds up; every other dtype is an opaque payload of dispatch.
 REDUCIBLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deep_ep_py import reference
 
-from .cases import Case, computed_once, make_inputs, make_rows, make_weights
+from .cases import Case, computed_once, domain_size, make_inputs, make_rows, make_weights, settings_for
 from .compare import assert_same_bits
 
 
@@ -20,7 +20,8 @@ def open_buffer(group: Any, backend: str) -> Iterator[Any]:
     """A V1 Buffer, destroyed at the end."""
     from deep_ep_py.buffer import Buffer
 
-    buffer = Buffer(group, backend=backend)
+    settings = settings_for(backend, rank_of(group), size_of(group))
+    buffer = Buffer(group, backend=backend, settings=settings)
     try:
         yield buffer
     finally:
@@ -30,6 +31,11 @@ def open_buffer(group: Any, backend: str) -> Iterator[Any]:
 def rank_of(group: Any) -> int:
     """The calling rank: a method of ProcessGroups, an attribute of communicators."""
     return int(group.rank() if callable(group.rank) else group.rank)
+
+
+def size_of(group: Any) -> int:
+    """The number of ranks, likewise."""
+    return int(group.size() if callable(group.size) else group.size)
 
 
 @computed_once(maxsize=4)
@@ -55,7 +61,9 @@ def expected_dispatch(case: Case, with_topk: bool = True, num_worst_tokens: int 
 
 
 @computed_once(maxsize=6)
-def expected_combine(case: Case, num_bias: int, salt: int = 0) -> list[tuple[Tensor, Tensor | None]]:
+def expected_combine(
+    case: Case, num_bias: int, salt: int = 0, num_scaleup_ranks: int | None = None
+) -> list[tuple[Tensor, Tensor | None]]:
     """What the oracle combines from :func:`rows_of` and :func:`weights_of` of every rank."""
     received = expected_dispatch(case)
     ranks = range(case.num_ranks)
@@ -64,6 +72,7 @@ def expected_combine(case: Case, num_bias: int, salt: int = 0) -> list[tuple[Ten
         [one.is_token_in_rank for one in layouts(case)],
         topk_weights=[weights_of(case, r, received[r].num_recv, salt) for r in ranks],
         bias=[i.bias[:num_bias] for i in make_inputs(case)],
+        num_scaleup_ranks=num_scaleup_ranks,
     )
 
 
@@ -102,7 +111,12 @@ def check_layout(buffer: Any, case: Case, rank: int) -> None:
     result = buffer.get_dispatch_layout(make_inputs(case)[rank].topk_idx, case.num_experts)
     per_rank, per_rdma_rank, per_expert, in_rank, event = result
     assert_same_bits(per_rank, expected.num_tokens_per_rank, "num_tokens_per_rank")
-    assert per_rdma_rank is None
+    size = domain_size(buffer)
+    if size is None:
+        assert per_rdma_rank is None
+    else:
+        to_domain = expected.is_token_in_rank.view(-1, case.num_ranks // size, size).any(2)
+        assert_same_bits(per_rdma_rank, to_domain.sum(0).int(), "num_tokens_per_rdma_rank")
     assert_same_bits(per_expert, expected.num_tokens_per_expert, "num_tokens_per_expert")
     assert_same_bits(in_rank, expected.is_token_in_rank, "is_token_in_rank")
     assert event.event is None, "a synchronous call has no event"
@@ -132,8 +146,11 @@ def check_dispatched(result: tuple[Any, ...], expected: reference.V1Received) ->
         assert_same_bits(recv_topk_weights[valid], expected.recv_topk_weights[valid], "recv_topk_weights")
     assert counts == expected.num_recv_tokens_per_expert_list
     assert all(type(c) is int for c in counts), "the list holds Python ints"
-    rank_prefix, channel_prefix, recv_channel_prefix, recv_src_idx, in_rank, send_head = handle
     num_ranks = len(expected.rank_prefix_matrix)
+    if len(handle) == 10:
+        check_internode_handle(handle, expected)
+        return
+    rank_prefix, channel_prefix, recv_channel_prefix, recv_src_idx, in_rank, send_head = handle
     assert_same_bits(rank_prefix, expected.rank_prefix_matrix, "handle.rank_prefix_matrix")
     for prefix in (channel_prefix, recv_channel_prefix):
         assert prefix.dim() == 2
@@ -141,6 +158,22 @@ def check_dispatched(result: tuple[Any, ...], expected: reference.V1Received) ->
     assert_same_bits(recv_src_idx, expected.recv_src_idx, "handle.recv_src_idx")
     assert_same_bits(in_rank, expected.is_token_in_rank, "handle.is_token_in_rank")
     assert_same_bits(send_head, expected.send_head, "handle.send_head")
+
+
+def check_internode_handle(handle: tuple[Any, ...], expected: reference.V1Received) -> None:
+    """The handle over several domains: what clients read of it, and how its parts hang together."""
+    in_rank, to_domain, to_rank, from_domain, from_domain_sum, from_rank, from_rank_sum, src_idx, send_head, _ = handle
+    num_ranks, num_domains = len(expected.rank_prefix_matrix), len(to_domain)
+    assert_same_bits(in_rank, expected.is_token_in_rank, "handle.is_token_in_rank")
+    assert_same_bits(to_rank[:, 0], in_rank.sum(0).int(), "handle.gbl_channel_prefix_matrix")
+    assert_same_bits(from_rank[:, 0].cumsum(0).int(), from_rank_sum, "handle.recv_gbl_channel_prefix_matrix")
+    assert int(from_rank_sum[-1]) == expected.num_recv
+    assert_same_bits(src_idx, expected.recv_src_idx, "handle.recv_src_meta")
+    crossing = in_rank.view(-1, num_domains, num_ranks // num_domains).any(2)
+    assert_same_bits(to_domain[:, 0], crossing.sum(0).int(), "handle.rdma_channel_prefix_matrix")
+    assert_same_bits(from_domain[:, 0].cumsum(0).int(), from_domain_sum, "handle.recv_rdma_rank_prefix_sum")
+    heads = torch.where(crossing, crossing.long().cumsum(0) - 1, -1).int()
+    assert_same_bits(send_head, heads, "handle.send_rdma_head")
 
 
 def check_combine(
@@ -155,7 +188,7 @@ def check_combine(
     mine = make_inputs(case)[rank]
     bias = (None, mine.bias[0], mine.bias)[num_bias]
     out, out_weights, event = buffer.combine(y, handle, topk_weights=weights, bias=bias)
-    expected_out, expected_weights = expected_combine(case, num_bias, salt)[rank]
+    expected_out, expected_weights = expected_combine(case, num_bias, salt, domain_size(buffer))[rank]
     assert_same_bits(out, expected_out, f"combined_x with {num_bias} biases")
     assert_same_bits(out_weights, expected_weights, "combined_topk_weights")
     assert event.event is None, "a synchronous call has no event"

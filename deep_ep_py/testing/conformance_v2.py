@@ -12,13 +12,12 @@ from torch import Tensor
 
 from deep_ep_py import reference
 
-from .cases import Case, computed_once, make_inputs, make_rows, make_weights
+from .cases import Case, computed_once, domain_size, make_inputs, make_rows, make_weights, settings_for
 from .compare import assert_same_bits
-from .conformance_v1 import payload, rank_of
+from .conformance_v1 import payload, rank_of, size_of
 
 INT_FIELDS = ("num_recv_tokens", "num_expanded_tokens", "num_recv_tokens_per_expert_list")
 TENSOR_FIELDS = (
-    "psum_num_recv_tokens_per_scaleup_rank",
     "psum_num_recv_tokens_per_expert",
     "num_unaligned_recv_tokens_per_expert",
     "dst_buffer_slot_idx",
@@ -60,6 +59,7 @@ def open_buffer(group: Any, backend: str, *, multiple: bool = True, **options: A
     """An ElasticBuffer, destroyed at the end."""
     from deep_ep_py.elastic import ElasticBuffer
 
+    options.setdefault("settings", settings_for(backend, rank_of(group), size_of(group)))
     buffer = ElasticBuffer(
         group, allow_multiple_reduction=multiple, backend=backend, num_cpu_timeout_secs=30, **options
     )
@@ -98,7 +98,9 @@ def combine_inputs(case: Case, mode: Mode, rank: int, salt: int = 0) -> tuple[Te
 
 
 @computed_once(maxsize=6)
-def expected_combine(case: Case, mode: Mode, num_bias: int, salt: int = 0) -> list[tuple[Tensor, Tensor | None]]:
+def expected_combine(
+    case: Case, mode: Mode, num_bias: int, salt: int = 0, num_scaleup_ranks: int | None = None
+) -> list[tuple[Tensor, Tensor | None]]:
     """What the oracle combines from :func:`combine_inputs` of every rank."""
     inputs = make_inputs(case)
     rows = [combine_inputs(case, mode, r, salt) for r in range(case.num_ranks)]
@@ -111,6 +113,7 @@ def expected_combine(case: Case, mode: Mode, num_bias: int, salt: int = 0) -> li
         allow_multiple_reduction=mode.multiple,
         topk_weights=[w for _, w in rows],
         bias=[i.bias[:num_bias] for i in inputs],
+        num_scaleup_ranks=num_scaleup_ranks,
     )
 
 
@@ -165,6 +168,10 @@ def check_dispatched(result: Any, expected: reference.V2Received, case: Case, mo
         assert getattr(handle, name) == getattr(expected, name), f"handle.{name}"
     for name in TENSOR_FIELDS:
         assert_same_bits(getattr(handle, name), getattr(expected, name), f"handle.{name}")
+    ends = handle.psum_num_recv_tokens_per_scaleup_rank
+    by_source = expected.psum_num_recv_tokens_per_scaleup_rank.diff(prepend=ends.new_zeros(1))
+    wanted = by_source.view(-1, len(ends)).sum(0).cumsum(0).int()  # over several domains by the rail that brings them
+    assert_same_bits(ends, wanted, "handle.psum_num_recv_tokens_per_scaleup_rank")
     metadata, wanted = handle.recv_src_metadata, expected.recv_src_metadata
     assert metadata.shape[0] == (len(wanted) if mode.sync else case.num_ranks * case.num_max_tokens_per_rank)
     metadata = metadata[: len(wanted)]
@@ -188,7 +195,7 @@ def check_combine(
     mine = make_inputs(case)[rank]
     bias = (None, mine.bias[0], mine.bias)[num_bias]
     out, out_weights, event = buffer.combine(y, handle, topk_weights=weights if with_weights else None, bias=bias)
-    expected_out, expected_weights = expected_combine(case, mode, num_bias, salt)[rank]
+    expected_out, expected_weights = expected_combine(case, mode, num_bias, salt, domain_size(buffer))[rank]
     assert_same_bits(out, expected_out, f"combined_x with {num_bias} biases")
     assert_same_bits(out_weights, expected_weights if with_weights else None, "combined_topk_weights")
     assert event.event is None, "a synchronous call has no event"

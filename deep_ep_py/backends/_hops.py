@@ -1,0 +1,244 @@
+"""From a routing to its two hops: what crosses to which domain, and where a relay places it. Pure functions but for the
+one exchange that carries tokens' top-k ids, weights and indices ahead of their rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import _C
+from .._pairs import PairChannel
+from ..errors import EPArgumentError
+from ..layout import align
+from ..plans import LAYOUTS, Plan, PlanLayout
+from ..types import DispatchSpec, ExpertPlacement
+from ._domains import Domains
+from ._routing import experts_of
+
+
+@dataclass(slots=True, eq=False)
+class Homeward:
+    """What returns from each domain for this rank's tokens: csrc/protocol/plan.hpp, ``homeward``.
+
+    Attributes:
+        home: [T, W] int64, domain << 32 | place in what it returns.
+        tokens: by domain, [n] int64 ascending: the token of each row that it returns.
+    """
+
+    home: torch.Tensor
+    tokens: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, plan: Plan, domains: Domains, *, per_row: bool = False) -> Homeward:
+        """Raises EPArgumentError: the plan is damaged."""
+        return cls.of_targets(plan.layout, plan.targets, domains, per_row=per_row)
+
+    @classmethod
+    def of_targets(
+        cls, layout: PlanLayout, targets: torch.Tensor, domains: Domains, *, per_row: bool = False
+    ) -> Homeward:
+        num_tokens, num_slots = targets.shape
+        num_domains = len(domains.members)
+        home = _int64(num_tokens, num_domains if layout == "rank" else num_slots)
+        capacity = num_tokens * num_slots if per_row else num_tokens
+        tokens, counts = _int64(num_domains, capacity), _int64(num_domains)
+        sound = _C.homeward(
+            layout=LAYOUTS.index(layout),
+            targets=targets.data_ptr(),
+            num_tokens=num_tokens,
+            num_slots=num_slots,
+            domain_of=domains.of.data_ptr(),
+            num_ranks=domains.num_ranks,
+            num_domains=num_domains,
+            per_row=per_row,
+            home=home.data_ptr(),
+            tokens=tokens.data_ptr(),
+            capacity=capacity,
+            counts=counts.data_ptr(),
+        )
+        if not sound:
+            raise EPArgumentError.of("handle", f"targets on ranks below {domains.num_ranks}", "a rank beyond them")
+        return cls(home, [row[:n] for row, n in zip(tokens, counts.tolist(), strict=True)])
+
+
+@dataclass(slots=True, eq=False)
+class Headers:
+    """What a relay learns of one origin's tokens before their rows: ``types.DispatchSpec``, for those tokens."""
+
+    tokens: torch.Tensor
+    topk_idx: torch.Tensor | None = None
+    topk_weights: torch.Tensor | None = None
+    is_token_in_rank: torch.Tensor | None = None
+
+
+class FirstRows:
+    """Where each source's rows begin, from everyone's counts.
+
+    Attributes:
+        of_rank: [R, R] int64, entry [s, r]: compact, the first row of source s on rank r.
+        of_expert: [R, E] int64, entry [s, e]: expanded, the first row of source s for expert e on its rank.
+        tokens_to, rows_to: [R] int64, unique tokens and rows that each rank receives.
+    """
+
+    def __init__(
+        self, layout: PlanLayout, tokens: torch.Tensor, slots: torch.Tensor, placement: ExpertPlacement, alignment: int
+    ) -> None:
+        self.of_rank = tokens.cumsum(0) - tokens
+        self.tokens_to = tokens.sum(0)
+        self.rows_to = self.tokens_to
+        self.of_expert = slots
+        if layout == "expand":
+            block, rows = _blocks(slots.sum(0).tolist(), placement, alignment)
+            self.of_expert = slots.cumsum(0) - slots + torch.tensor(block, dtype=torch.int64, device="cpu")
+            self.rows_to = torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+def _blocks(totals: list[int], placement: ExpertPlacement, alignment: int) -> tuple[list[int], list[int]]:
+    """First row of each expert's block, and rows of each rank."""
+    first, rows = [0] * placement.num_experts, [0] * len(placement.num_local)
+    for rank in range(len(rows)):
+        for expert in experts_of(placement, rank).tolist():
+            first[expert] = rows[rank]
+            rows[rank] += align(totals[expert], alignment)
+    return first, rows
+
+
+def route(
+    layout: PlanLayout,
+    topk_idx: torch.Tensor | None,
+    is_token_in_rank: torch.Tensor | None,
+    columns: torch.Tensor,
+    num_ranks: int,
+    placement: ExpertPlacement,
+    first: FirstRows,
+    source: int,
+) -> torch.Tensor:
+    """Final targets of some tokens of ``source``. ``columns`` [..] int32: V1, the ranks that the columns stand for."""
+    drives = is_token_in_rank if layout == "rank" else topk_idx
+    assert drives is not None
+    num_tokens, num_slots = drives.shape
+    targets = _int64(num_tokens, num_slots)
+    first_of_rank, first_of_expert = first.of_rank[source].contiguous(), first.of_expert[source].contiguous()
+    wrong = _C.route(
+        layout=LAYOUTS.index(layout),
+        topk_idx=0 if layout == "rank" else drives.data_ptr(),
+        is_token_in_rank=drives.data_ptr() if layout == "rank" else 0,
+        columns=columns.data_ptr(),
+        num_tokens=num_tokens,
+        num_slots=num_slots,
+        num_ranks=num_ranks,
+        num_experts=placement.num_experts,
+        expert_rank=placement.rank.data_ptr(),
+        expert_local=placement.local.data_ptr(),
+        first_of_rank=first_of_rank.data_ptr(),
+        first_of_expert=first_of_expert.data_ptr(),
+        targets=targets.data_ptr(),
+    )
+    assert not wrong, wrong  # routings were checked before anything was published
+    return targets
+
+
+def header_bytes(spec: DispatchSpec, num_here: int) -> int:
+    """Bytes that travel for one token ahead of its row; ``num_here``: ranks of a domain."""
+    num_topk, weights = 0, 0
+    if spec.topk_idx is not None:
+        num_topk = spec.topk_idx.shape[1]
+    if spec.topk_weights is not None:
+        weights = spec.topk_weights.shape[1] * spec.topk_weights.element_size()
+    if spec.plan is not None:
+        return weights
+    return 4 + 4 * num_topk + weights + (num_here if spec.layout == "rank" else 0)
+
+
+def exchange_headers(
+    spec: DispatchSpec, domains: Domains, rail: PairChannel, sent: list[torch.Tensor], received: list[int]
+) -> list[Headers]:
+    """By origin domain, the headers of the tokens that this rank relays. ``sent``: by domain, this rank's tokens."""
+    outputs, inputs = [], []
+    for d, members in enumerate(domains.members):
+        width = header_bytes(spec, len(members))
+        mine = d == domains.domain
+        inputs.append(_bytes(0, width) if mine else _pack(spec, domains, d, sent[d], members))
+        outputs.append(_bytes(0 if mine else received[d], width))
+    if outputs[0].shape[1]:
+        rail.start(outputs, inputs).wait()
+    return [_unpack(spec, len(domains.here), rows) for rows in outputs]
+
+
+def _pack(
+    spec: DispatchSpec, domains: Domains, domain: int, tokens: torch.Tensor, members: tuple[int, ...]
+) -> torch.Tensor:
+    parts = []
+    if spec.plan is None:
+        parts.append(tokens.to(torch.int32)[:, None])
+        if spec.topk_idx is not None:
+            assert spec.placement is not None
+            ids = spec.topk_idx[tokens]
+            there = (domains.of[spec.placement.rank.long()] == domain)[ids.clamp(min=0)] & (ids >= 0)
+            parts.append(torch.where(there, ids, -1).to(torch.int32))
+    if spec.topk_weights is not None:
+        parts.append(spec.topk_weights[tokens])
+    if spec.plan is None and spec.layout == "rank":
+        assert spec.is_token_in_rank is not None
+        parts.append(spec.is_token_in_rank[tokens][:, list(members)])
+    return (
+        torch.cat([p.clone(memory_format=torch.contiguous_format).view(torch.uint8) for p in parts], 1)
+        if parts
+        else _bytes(tokens.numel(), 0)
+    )
+
+
+def _unpack(spec: DispatchSpec, num_here: int, rows: torch.Tensor) -> Headers:
+    at = 0
+
+    def take(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        nonlocal at
+        # Not .contiguous(): a lone row counts as contiguous whatever its stride is.
+        part = rows[:, at : at + columns * dtype.itemsize].clone(memory_format=torch.contiguous_format)
+        at += columns * dtype.itemsize
+        return part.view(dtype) if part.numel() else torch.empty((0, columns), dtype=dtype, device="cpu")
+
+    new = spec.plan is None
+    headers = Headers(take(1, torch.int32).view(-1) if new else torch.empty(0, dtype=torch.int32, device="cpu"))
+    if new and spec.topk_idx is not None:
+        headers.topk_idx = take(spec.topk_idx.shape[1], torch.int32).long()
+    if spec.topk_weights is not None:
+        headers.topk_weights = take(spec.topk_weights.shape[1], spec.topk_weights.dtype)
+    if new and spec.layout == "rank":
+        headers.is_token_in_rank = take(num_here, torch.bool)
+    return headers
+
+
+def _int64(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="cpu")
+
+
+def _bytes(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device="cpu")
+
+
+@dataclass(slots=True, eq=False)
+class Chunks:
+    """How rows cross: ``rows`` at a time to and from each peer. Sizes are both sides' knowledge, so both count alike.
+
+    Attributes:
+        sent, received: rows by domain; nothing to and from the own one.
+    """
+
+    rows: int
+    sent: list[int]
+    received: list[int]
+    rounds: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rounds = -(-max([*self.sent, *self.received, 0]) // self.rows)
+
+    def sent_in(self, i: int, domain: int) -> tuple[int, int]:
+        return self._part(i, self.sent[domain])
+
+    def received_in(self, i: int, domain: int) -> tuple[int, int]:
+        return self._part(i, self.received[domain])
+
+    def _part(self, i: int, n: int) -> tuple[int, int]:
+        return min(i * self.rows, n), min((i + 1) * self.rows, n)

@@ -1,0 +1,143 @@
+"""Which backend carries a buffer's rows: the fastest that works here, and why not another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .backends._domains import Domains, group_by_domain
+from .backends.base import Backend
+from .backends.collective import CollectiveBackend
+from .backends.hybrid import HybridBackend
+from .backends.shm import ShmBackend, unavailable_because
+from .backends.shm_domain import ShmDomain
+from .communicator import Communicator
+from .errors import EPBackendUnavailableError
+from .settings import Settings
+
+BACKENDS = ("auto", "shm", "hybrid", "collective")
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """Which backend carries the rows, and why not another.
+
+    Attributes:
+        name: of the backend. refused: why others that are faster were not taken, by name.
+        domains: ranks of each scale-up domain, as found out or told.
+        num_hops: 2 where rows cross domains once and are spread inside; 1 where they go straight to their rank.
+        scaleup_ranks: ranks that the last hop of a row can reach: this rank's domain, or with one hop all of them.
+    """
+
+    name: str
+    refused: dict[str, str]
+    num_ranks: int
+    domains: tuple[tuple[int, ...], ...]
+    num_hops: int
+    scaleup_ranks: tuple[int, ...]
+
+    @property
+    def logical_domains(self) -> tuple[tuple[int, ...], ...]:
+        """Domains as dispatch and combine use them: with one hop a single one."""
+        return self.domains if self.num_hops == 2 else (tuple(range(self.num_ranks)),)
+
+
+@dataclass(slots=True)
+class Construction:
+    """What ranks have learnt of each other when they choose; ``hosts``: :func:`.engine.host_facts` by rank."""
+
+    communicator: Communicator
+    settings: Settings
+    hosts: list[dict[str, str]]
+    epoch: int
+    heap_bytes: int
+    num_cores: int
+    allow_hybrid_mode: bool
+
+
+def open_backend(c: Construction) -> tuple[Backend, BackendInfo]:
+    """Open the backend that ``settings.backend`` names, or the first that works. Every rank gets the same one.
+
+    Raises:
+        EPBackendUnavailableError: on every rank: the one asked for does not work here; says why.
+    """
+    wanted = c.settings.backend
+    openers = {"shm": _open_shm, "hybrid": _open_hybrid, "collective": _open_collective}
+    refused: dict[str, str] = {}
+    for name, opener in openers.items():
+        if wanted not in ("auto", name):
+            continue
+        try:
+            backend = opener(c)
+        except EPBackendUnavailableError as e:
+            if wanted == name:
+                raise
+            refused[name] = e.reasons.get(name, str(e))
+            continue
+        domains = tuple(map(tuple, domains_of(c.hosts)))
+        num_hops, reach = 1, tuple(range(c.communicator.size))
+        if isinstance(backend, HybridBackend):
+            num_hops, reach = 2, backend.domains.here
+        return backend, BackendInfo(name, refused, c.communicator.size, domains, num_hops, reach)
+    raise EPBackendUnavailableError(f"no backend works here: {refused}", reasons=refused)
+
+
+def domains_of(hosts: list[dict[str, str]]) -> list[list[int]]:
+    """Ranks by scale-up domain: what the user says (``Settings.domain``), else the machine they run on."""
+    return group_by_domain([h["domain"] or h["boot_id"] for h in hosts])
+
+
+def sizes(domains: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """(scale-out ranks, scale-up ranks); domains of different sizes count as one."""
+    if len({len(ranks) for ranks in domains}) > 1:
+        return 1, sum(map(len, domains))
+    return len(domains), len(domains[0])
+
+
+def _refuse(name: str, why: str) -> EPBackendUnavailableError:
+    return EPBackendUnavailableError(f"backend {name!r} does not work here: {why}", reasons={name: why})
+
+
+def _open_shm(c: Construction) -> Backend:
+    why = unavailable_because(c.hosts)
+    if why:
+        raise _refuse("shm", why)
+    return ShmBackend(c.communicator, c.settings, epoch=c.epoch, heap_bytes=c.heap_bytes, num_cores=c.num_cores)
+
+
+def _open_collective(c: Construction) -> Backend:
+    return CollectiveBackend(c.communicator, c.settings)
+
+
+def _open_hybrid(c: Construction) -> Backend:
+    members = domains_of(c.hosts)
+    if not c.allow_hybrid_mode:
+        raise _refuse("hybrid", "allow_hybrid_mode is off")
+    if len({len(ranks) for ranks in members}) > 1:
+        raise _refuse("hybrid", f"domains are of different sizes, so that rails do not match: {members}")
+    if len(members) == 1 and c.settings.backend == "auto":
+        raise _refuse("hybrid", "all ranks are in one domain")
+    communicator = c.communicator
+    domains = Domains.of_members(members, communicator.rank)
+    refusal, domain = "", None
+    why = unavailable_because([c.hosts[r] for r in domains.here])
+    try:
+        if why:
+            raise _refuse("shm", why)
+        inner = communicator.subset(domains.here)
+        domain = ShmDomain(
+            inner, c.settings, epoch=c.epoch, heap_bytes=c.heap_bytes, num_cores=c.num_cores, names=domains.here
+        )
+        domain.join_world(domains.here, domains.num_ranks)
+    except EPBackendUnavailableError as e:
+        refusal = e.reasons.get("shm", str(e))
+    # A domain that does not work is everybody's affair: the others must not go on without it.
+    timeout = c.settings.connect_timeout_seconds
+    answers = communicator.exchange(refusal.encode(), timeout=timeout, what="domains")
+    failed = {r: a.decode() for r, a in enumerate(answers) if a}
+    if failed or domain is None:
+        if domain is not None:
+            domain.close()
+        raise _refuse("hybrid", f"shared memory does not work inside a domain: {failed}")
+    rail = communicator.subset(domains.rail).open_pairs(timeout=c.settings.timeout_seconds)
+    return HybridBackend(domains, rail, domain, c.settings)
