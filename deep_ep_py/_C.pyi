@@ -264,6 +264,7 @@ class Engine:
         num_tokens: int,
         num_slots: int,
         reduce_per_rank: bool,
+        verbatim: bool,
         out: int,
         out_weights: int,
     ) -> None: ...

@@ -7,6 +7,7 @@ from large_rows import LARGE
 
 from deep_ep_py.testing import Case, make_inputs, run_processes, run_threads
 from deep_ep_py.testing import conformance_v1 as v1
+from deep_ep_py.testing.cases import domain_size
 from deep_ep_py.testing.compare import assert_same_bits
 
 CASES = (
@@ -145,7 +146,7 @@ def routed_by_hand(comm, case, backend):
         v1.check_dispatched(result, expected[rank])
         ys = [v1.rows_of(case, r, expected[r].num_recv) for r in range(case.num_ranks)]
         out, _, _ = buffer.combine(ys[rank], result[4])
-        assert_same_bits(out, v1.reference.v1_combine(ys, everywhere)[rank][0], "combined_x")
+        assert_same_bits(out, v1.reference.v1_combine(ys, everywhere, num_scaleup_ranks=domain_size(buffer))[rank][0], "combined_x")
 
 
 def test_routed_by_hand(backend):
@@ -174,7 +175,8 @@ def special_values(comm, case, backend):
         handle = v1.dispatch(buffer, case, rank)[4]
         for bias, biases in ((None, None), (minus_zero, minus_zeros)):
             out, _, _ = buffer.combine(ys[rank], handle, bias=bias)
-            expected = v1.reference.v1_combine(ys, in_rank, bias=biases)[rank][0]
+            size = domain_size(buffer)
+            expected = v1.reference.v1_combine(ys, in_rank, bias=biases, num_scaleup_ranks=size)[rank][0]
             assert_same_bits(out, expected, f"combined_x with bias {bias is not None}", any_nan=True)
     return bool(expected.isnan().any()), bool(((expected != 0) & (expected.abs() < tiny)).any())
 
@@ -192,8 +194,9 @@ def in_place_rows(comm, case, backend):
     original = make_inputs(case)[rank].x.clone()
     expected = v1.expected_dispatch(case)
     ys = [e.recv_x for e in expected]
-    wanted = v1.reference.v1_combine(ys, [one.is_token_in_rank for one in v1.layouts(case)])[rank][0]
+    in_rank = [one.is_token_in_rank for one in v1.layouts(case)]
     with v1.open_buffer(comm, backend) as buffer:
+        wanted = v1.reference.v1_combine(ys, in_rank, num_scaleup_ranks=domain_size(buffer))[rank][0]
         for _ in range(8):
             recv_x, _, _, _, handle, _ = v1.dispatch(buffer, case, rank)
             out, _, _ = buffer.combine(recv_x, handle)

@@ -132,9 +132,10 @@ PyCombineFlight combine_begin(PyEngine& self, Address plan_address, Address loca
   return out;
 }
 
-Pull pull_of(int layout, Address targets, int64_t num_tokens, int num_slots, bool reduce_per_rank, Address out,
-             Address out_weights) {
+Pull pull_of(int layout, Address targets, int64_t num_tokens, int num_slots, bool reduce_per_rank, bool verbatim,
+             Address out, Address out_weights) {
   Pull pull;
+  pull.verbatim = verbatim;
   pull.layout = static_cast<Layout>(layout);
   pull.targets = at<int64_t>(targets);
   pull.num_tokens = num_tokens;
@@ -146,8 +147,8 @@ Pull pull_of(int layout, Address targets, int64_t num_tokens, int num_slots, boo
 }
 
 void combine_pull(PyEngine& self, PyCombineFlight& flight, int layout, Address targets, int64_t num_tokens,
-                  int num_slots, bool reduce_per_rank, Address out, Address out_weights) {
-  const Pull pull = pull_of(layout, targets, num_tokens, num_slots, reduce_per_rank, out, out_weights);
+                  int num_slots, bool reduce_per_rank, bool verbatim, Address out, Address out_weights) {
+  const Pull pull = pull_of(layout, targets, num_tokens, num_slots, reduce_per_rank, verbatim, out, out_weights);
   Engine& engine = self.get();
   py::gil_scoped_release unlocked;
   engine.combine_pull(*flight.flight, pull, signal_raised);
@@ -164,7 +165,7 @@ void reduce(PyEngine& self, int layout, Address targets, int64_t num_tokens, int
             Address out_weights, const std::vector<Address>& biases, const std::vector<Address>& rows,
             const std::vector<Address>& weights, const std::vector<int64_t>& limit, int64_t hidden, int64_t row_bytes,
             int dtype, int weight_bytes, int num_weights, int max_threads) {
-  Pull pull = pull_of(layout, targets, num_tokens, num_slots, false, out, out_weights);
+  Pull pull = pull_of(layout, targets, num_tokens, num_slots, false, false, out, out_weights);
   for (const Address bias : biases)
     pull.bias[pull.num_bias++] = at<void>(bias);
   CombineParams p;
@@ -243,7 +244,7 @@ void bind_hops(py::module_& m) {
            arg("y_stride_bytes"), arg("row_bytes"), arg("hidden"), arg("dtype"), arg("weights"), arg("weight_bytes"),
            arg("num_weights"), arg("reduce_per_rank"), arg("max_threads"), arg("previous"))
       .def("pull", &combine_pull, named, arg("flight"), arg("layout"), arg("targets"), arg("num_tokens"),
-           arg("num_slots"), arg("reduce_per_rank"), arg("out"), arg("out_weights"))
+           arg("num_slots"), arg("reduce_per_rank"), arg("verbatim"), arg("out"), arg("out_weights"))
       .def("pull_end", &combine_end, named, arg("flight"))
       .def("reduce", &reduce, named, arg("layout"), arg("targets"), arg("num_tokens"), arg("num_slots"), arg("out"),
            arg("out_weights"), arg("biases"), arg("rows"), arg("weights"), arg("limit"), arg("hidden"),

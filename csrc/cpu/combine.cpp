@@ -262,7 +262,10 @@ void Engine::reduce(const CombineParams& p, const Pull& pull, const SharedRows& 
                  row.stream = stream;
                  for (int64_t t = begin; t < end; ++t) {
                    const int64_t* targets = pull.targets + t * pull.num_slots;
-                   if (pull.out) {
+                   if (pull.out && pull.verbatim) {
+                     void* to = static_cast<char*>(pull.out) + t * p.row_bytes;
+                     kernels().copy_row(address(targets[0]), &to, 1, static_cast<size_t>(p.row_bytes), stream);
+                   } else if (pull.out) {
                      recipe.gather(targets, pull.num_slots, address, &row);
                      for (int b = 0; b < pull.num_bias; ++b)
                        row.bias[b] = static_cast<const char*>(pull.bias[b]) + t * p.row_bytes;

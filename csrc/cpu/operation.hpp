@@ -144,6 +144,7 @@ struct Pull {
   const void* bias[2] = {nullptr, nullptr};
   int num_bias = 0;
   bool reduce_per_rank = false;
+  bool verbatim = false;        // one slot, whose row is fetched as it is: +0.0 + -0.0 would not be
   void* out = nullptr;          // [num_tokens, hidden]; null: weights only
   void* out_weights = nullptr;  // [num_tokens, num_weights], expand: [num_tokens, num_slots]; null: rows only
 };

@@ -1,7 +1,7 @@
 // A plan as one array of 64-bit words, so that it passes through whatever carries a tensor: an autograd graph, a
 // compiled graph, a checkpointed region. Header, then counts (int32, [num_ranks, num_ranks] inclusive sums over sources
-// and [num_local] slots received per expert), then targets [num_tokens, num_slots]. Over several domains there is a second
-// hop: how many tokens this rank relays for each domain, [num_domains], and their targets, by origin,
+// and [num_local] slots received per expert), then targets [num_tokens, num_slots]. Over several domains there is a
+// second hop: how many tokens this rank relays for each domain, [num_domains], and their targets, by origin,
 // [num_relayed, relay_slots].
 #pragma once
 

@@ -159,10 +159,12 @@ class Domain(Backend, Protocol):
         layout: PlanLayout,
         targets: torch.Tensor,
         reduce_per_rank: bool,
+        verbatim: bool,
         out: torch.Tensor | None,
         out_weights: torch.Tensor | None,
     ) -> None:
-        """The sums of this domain's rows of some tokens; ``out`` [n, H], ``out_weights`` [n, ..], or None."""
+        """The sums of this domain's rows of some tokens; ``out`` [n, H], ``out_weights`` [n, ..], or None.
+        ``verbatim``: one slot each, whose row is fetched as it is."""
 
     def pull_end(self, flight: Any) -> None:
         """Nothing more is read."""

@@ -301,7 +301,7 @@ class HybridBackend:
 
         pulled = [empty(targets.shape[0]) for targets in relayed]
         for targets, out in zip(relayed, pulled, strict=True):
-            self._domain.pull(inner, layout, targets, False, None, out)
+            self._domain.pull(inner, layout, targets, False, False, None, out)
         returned = [empty(0) if d == me else empty(t.numel()) for d, t in enumerate(home.tokens)]
         self._rail.start(returned, [empty(0) if d == me else p for d, p in enumerate(pulled)]).wait()
         returned[me] = pulled[me]
@@ -314,7 +314,7 @@ class HybridBackend:
     ) -> None:
         """Rows: summed here for the rail in chunks, and for this rank's own tokens in between."""
         domain, me, dtype, hidden = self._domain, self.domains.domain, spec.y.dtype, spec.y.shape[1]
-        layout, width = spec.plan.layout, hidden * dtype.itemsize
+        layout, width, alone = spec.plan.layout, hidden * dtype.itemsize, not spec.reduce_per_domain
         returned = [domain.empty((t.numel(), hidden), dtype) for t in home.tokens]
         chunks = self._chunks(width, [r.shape[0] for r in relayed], [t.numel() for t in home.tokens])
         have = [0] * len(returned)
@@ -325,7 +325,7 @@ class HybridBackend:
             for d, targets in enumerate(relayed):
                 first, end = chunks.sent_in(i, d)
                 rows = domain.empty((end - first, hidden), dtype)
-                domain.pull(inner, layout, targets[first:end], spec.reduce_per_rank, rows, None)
+                domain.pull(inner, layout, targets[first:end], spec.reduce_per_rank, alone, rows, None)
                 inputs.append(rows)
                 first, end = chunks.received_in(i, d)
                 outputs.append(returned[d][first:end])
@@ -342,7 +342,7 @@ class HybridBackend:
             targets, out = relayed[me], returned[me]
             for first in range(0, out.shape[0], step):
                 part = slice(first, first + step)
-                domain.pull(inner, layout, targets[part], spec.reduce_per_rank, out[part], None)
+                domain.pull(inner, layout, targets[part], spec.reduce_per_rank, alone, out[part], None)
                 have[me] = min(first + step, out.shape[0])
                 finish()
                 yield

@@ -132,6 +132,7 @@ class ShmDomain(ShmBackend):
         layout: PlanLayout,
         targets: torch.Tensor,
         reduce_per_rank: bool,
+        verbatim: bool,
         out: torch.Tensor | None,
         out_weights: torch.Tensor | None,
     ) -> None:
@@ -144,6 +145,7 @@ class ShmDomain(ShmBackend):
             num_tokens=targets.shape[0],
             num_slots=targets.shape[1],
             reduce_per_rank=reduce_per_rank,
+            verbatim=verbatim,
             out=address(out),
             out_weights=address(out_weights),
         )
