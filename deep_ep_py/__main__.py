@@ -7,11 +7,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import doctor, run
+from . import doctor, run, scale_report
 
 #: One entry a command: its name, its line of help, what adds its arguments, what runs it and returns the exit status.
 COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[Any], int]], ...] = (
     ("doctor", "what this machine can run, what not and why, with the remedy", doctor.add_arguments, doctor.run),
+    (
+        "plan",
+        "bytes, buffer sizes and expected times of dispatch and combine on any number of nodes",
+        scale_report.add_arguments,
+        scale_report.run,
+    ),
     ("run", "a program as Python runs it, with `deep_ep` being this library", run.add_arguments, run.run),
 )
 

@@ -7,21 +7,18 @@ Part of :mod:`deep_ep_py.communicator`, which opens them.
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
+from ._board import Board
 from ._rows import ExitWatch, as_bytes, first_line, pauses, peer_error, prefixed, timeout_error
 from .errors import EPPeerError, EPTimeoutError
-
-_LOOK_SECONDS = 0.25  # how often a wait looks whether a peer has left
 
 Failure = Callable[[], EPPeerError | EPTimeoutError]
 
@@ -78,7 +75,7 @@ class TorchPairs:
         self._rank = rank
         self._names = names
         self._timeout = timeout
-        self._store = store
+        self._board = Board(store)
         self._groups: dict[int, Any] = {}
         self._under_way: deque[_TorchTransfer] = deque()
         self._failure: Failure | None = None
@@ -108,7 +105,7 @@ class TorchPairs:
         """Wait for the oldest transfer. In slices: Work.wait() would not answer Ctrl-C."""
         if self._failure is not None:
             raise self._failure()
-        exiting, left = ExitWatch(), _Left(self._store, self._names)
+        exiting, marks = ExitWatch(), {f"left/{n}": n for n in self._names}
         begin = last = time.monotonic()
         for _ in pauses(float("inf"), first=2e-5, longest=1e-3):
             missing = [peer for peer, work in transfer.works.items() if not work.is_completed()]
@@ -119,7 +116,7 @@ class TorchPairs:
             if not missing:
                 break
             names = [self._names[p] for p in missing]
-            gone = [n for n in left.after(now - begin) if n in names]
+            gone = [n for mark in self._board.look(list(marks)) if (n := marks[mark]) in names]
             if gone:
                 self._fail(partial(peer_error, gone, "left in the middle of an operation"))
             if exiting():
@@ -141,8 +138,8 @@ class TorchPairs:
         busy = {p for t in self._under_way for p, w in t.works.items() if not w.is_completed()}
         self._failure = self._failure or partial(peer_error, [self._names[self._rank]], "closed its buffer")
         if busy:
-            # The connections stay open, so a store is where peers learn it; not in this thread, which must not wait.
-            _ask(lambda: self._store.set(f"left/{self._names[self._rank]}", b"1"))
+            # The connections stay open: the board is where peers learn it.
+            self._board.leave(f"left/{self._names[self._rank]}")
         for peer in busy:
             # Its destructor would wait, with the GIL, for a peer that may never come, and nothing can break that off.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(groups[peer]))
@@ -171,38 +168,6 @@ def _why_failed(work: Any) -> str:
     except RuntimeError as e:
         return str(e) or type(e).__name__
     return ""
-
-
-class _Left:
-    """Who has left in the middle of an operation, as far as the store can be asked."""
-
-    def __init__(self, store: Any, names: Sequence[int]) -> None:
-        self._store = store
-        self._names = names
-        self._found: list[int] = []
-        self._next = _LOOK_SECONDS
-        self._asking = False
-
-    def after(self, waited: float) -> list[int]:
-        if waited > self._next and not self._asking:
-            self._next = waited + _LOOK_SECONDS
-            self._asking = True
-            _ask(self._look)
-        return self._found
-
-    def _look(self) -> None:
-        self._found = [n for n in self._names if self._store.check([f"left/{n}"])]
-        self._asking = False
-
-
-def _ask(question: Callable[[], object]) -> None:
-    """Talk to a store in a thread of its own: it may be on the host that is cut off, and then never answers."""
-
-    def run() -> None:
-        with suppress(RuntimeError):
-            question()
-
-    threading.Thread(target=run, name="deep_ep_py-store", daemon=True).start()
 
 
 class ThreadPairs:

@@ -5,7 +5,6 @@ Part of :mod:`deep_ep_py.communicator`, which opens them.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import re
 import threading
@@ -19,9 +18,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ._board import Board
 from .errors import EPPeerError, EPTimeoutError
 
-_LOOK_SECONDS = 0.25  # how often a wait looks whether a peer has left
 _EXIT_SECONDS = 5.0  # how long an operation in the background may hold up the interpreter's exit
 _SURVIVOR_SECONDS = 1.0  # after a failure: how long a rank may take to say that it is still there
 
@@ -130,7 +129,7 @@ class TorchRows:
         self._rank = rank
         self._size = size
         self._timeout = timeout
-        self._store = store
+        self._board = None if store is None else Board(store)
         self._device = device
         self._work: Any = None  # under way
         self._failure: Callable[[], EPPeerError | EPTimeoutError] | None = None
@@ -195,39 +194,34 @@ class TorchRows:
     def _wait_for(self, work: Any) -> None:
         """Wait in slices: Work.wait() would not answer Ctrl-C. The group's own deadline ends it."""
         exiting = ExitWatch()
-        look = time.monotonic() + _LOOK_SECONDS
+        marks = [f"left/{r}" for r in range(self._size)]
         for _ in pauses(float("inf"), first=2e-5, longest=1e-3):
             if work.is_completed():
                 break
             if exiting():
                 raise RuntimeError("the interpreter exits while a peer is waited for")
-            if self._store is not None and time.monotonic() > look:
-                look += _LOOK_SECONDS
-                left = [r for r in range(self._size) if self._store.check([f"left/{r}"])]
-                if left:
-                    self._failure = partial(peer_error, left, "left in the middle of an operation")
-                    raise RuntimeError("a peer left")
+            if self._board is not None and (found := self._board.look(marks)):
+                left = [r for r, mark in enumerate(marks) if mark in found]
+                self._failure = partial(peer_error, left, "left in the middle of an operation")
+                raise RuntimeError("a peer left")
         work.wait()
 
     def _leave(self) -> None:
         """Tell the peers that this rank will not finish the operation under way: the connections stay open."""
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):
-                self._store.set(f"left/{self._rank}", b"1")
+        if self._board is not None:
+            self._board.leave(f"left/{self._rank}")
 
     def _explain(self, reason: str) -> Callable[[], EPPeerError | EPTimeoutError]:
         """Who is missing: survivors leave a mark in the store, and look for the marks of the others."""
         missing: list[int] = []
-        if self._store is not None:
-            keys = [f"survivor/{r}" for r in range(self._size)]
-            try:
-                self._store.set(keys[self._rank], b"1")
-                for _ in pauses(_SURVIVOR_SECONDS):
-                    missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
-                    if not missing:
-                        break
-            except RuntimeError:
-                reason += "; the store that could name the rank is gone too"
+        if self._board is not None:
+            marks = [f"survivor/{r}" for r in range(self._size)]
+            self._board.leave(marks[self._rank])
+            found = self._board.ask(marks, _SURVIVOR_SECONDS)
+            if found is None:
+                reason += "; the store that could name the ranks does not answer: its host is gone or cut off"
+            else:
+                missing = [r for r, mark in enumerate(marks) if mark not in found]
         if "timed out" in reason.lower() or "timeout" in reason.lower():
             return partial(timeout_error, missing, self._timeout, reason)
         return partial(peer_error, missing, reason)

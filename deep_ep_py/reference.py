@@ -8,38 +8,33 @@ token); expanded rows by (local expert, source rank, source token, slot). Counts
 names an expert twice counts twice, and has two expanded rows.
 
 *Numerics of combine*: one accumulator per element, float64 for float64 rows and float32 otherwise. It starts at +0.0,
-at the bias, or at bias 0 + bias 1 (added in the accumulator's type). Rows are added one at a time in the recipe's
-order, and the sum is rounded once, to nearest even. The recipes:
+at the bias, or at bias 0 + bias 1. Rows are added one at a time in the recipe's order, and the sum is rounded once, to
+nearest even. V1: ascending rank. V2 compact: slots ascending; a rank's row is added at the place of its highest slot.
+V2 expanded, multiple reduction not allowed: slots ascending, every slot's row. Allowed: slots of one rank are summed
+first (from +0.0) and rounded to the row dtype; that value is added at the position of the rank's highest slot.
+Over several domains (``num_scaleup_ranks`` contiguous ranks each), unless V2 does not allow multiple reduction: each of
+these sums is made for the ranks of one domain and rounded to the row dtype; that value is added at the position of the
+domain's highest slot (V1: domains ascending).
 
-- V1: ascending rank.
-- V2 compact: slots ascending; a rank's row is added at the position of that rank's highest slot.
-- V2 expanded, multiple reduction not allowed: slots ascending, every slot's row into the one accumulator.
-- V2 expanded, multiple reduction allowed: the slots of one rank are summed first (slots ascending, from +0.0, in the
-  accumulator's type) and rounded to the row dtype; that value is added at the position of the rank's highest slot.
-- Over several domains (``num_scaleup_ranks`` contiguous ranks each), unless V2 does not allow multiple reduction: each
-  of these sums is made for the ranks of one domain and rounded to the row dtype; that value is added at the position of
-  the domain's highest slot (V1: domains ascending). V1's weights are summed likewise.
-
-*Weights*: V1 sums every column over the destination ranks (float32, ascending rank, from +0.0, unmasked). V2 takes
-slot k from the rank that owns expert ``topk_idx[t, k]``, and 0 where that is -1.
+*Weights*: V1 sums every column over the destination ranks (float32, ascending rank, from +0.0, unmasked; over several
+domains as its rows). V2 takes slot k from the rank that owns expert ``topk_idx[t, k]``, and 0 where that is -1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")
-Many = Sequence[Tensor]
+CPU, Many = torch.device("cpu"), Sequence[Tensor]
 #: (tokens, source, rows): ``acc[tokens] += source[rows]``; no token occurs twice in one contribution.
 Contribution = tuple[Tensor, Tensor, Tensor]
 
 
 def align(n: int, alignment: int) -> int:
-    """``n`` rounded up to a multiple of ``alignment``."""
     return -(-n // alignment) * alignment
 
 
@@ -49,7 +44,6 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``x[index]``, for every dtype."""
     return as_bytes(x).index_select(0, index).view(x.dtype)
 
 
@@ -69,18 +63,14 @@ def iota(n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where experts live: ``owner`` and ``local_id`` [E + 1] int64, ``num_local_experts`` per rank.
+    """Where experts live. The tables end with an entry of -1, which is what expert -1 finds."""
 
-    The tables end with an entry of -1, which is what expert -1 finds.
-    """
-
-    owner: Tensor
-    local_id: Tensor
+    owner: Tensor  # [E + 1] int64
+    local_id: Tensor  # [E + 1] int64
     num_local_experts: tuple[int, ...]
 
 
 def contiguous_placement(num_experts: int, num_ranks: int) -> Placement:
-    """Experts in order, rank by rank; the first ``num_experts % num_ranks`` ranks own one more."""
     each, more = divmod(num_experts, num_ranks)
     counts = tuple(each + (rank < more) for rank in range(num_ranks))
     owner = [rank for rank, count in enumerate(counts) for _ in range(count)]
@@ -89,12 +79,11 @@ def contiguous_placement(num_experts: int, num_ranks: int) -> Placement:
 
 
 def localise(topk_idx: Tensor, placement: Placement, rank: int) -> Tensor:
-    """[.., K] int64: local expert ids on ``rank``, -1 where the slot is empty or another rank's."""
+    """Local expert ids on ``rank``, -1 where the slot is empty or another rank's."""
     return torch.where(placement.owner[topk_idx] == rank, placement.local_id[topk_idx], -1)
 
 
 def tokens_in_ranks(topk_idx: Tensor, placement: Placement) -> Tensor:
-    """[T, R] bool: whether any slot of the token belongs to the rank."""
     owner = placement.owner[topk_idx]
     return torch.stack([(owner == r).any(dim=1) for r in range(len(placement.num_local_experts))], dim=1)
 
@@ -131,7 +120,6 @@ def expanded_rows(topk_idx: Many, placement: Placement, alignment: int) -> tuple
 
 
 def arrivals(x: Many, is_token_in_rank: Many, rank: int) -> Tensor:
-    """The rows of ``x`` that ``rank`` receives, in the order of compact rows."""
     pieces = [
         as_bytes(take(mine, sent[:, rank].nonzero()[:, 0])) for mine, sent in zip(x, is_token_in_rank, strict=True)
     ]
@@ -154,18 +142,13 @@ def reduce_rows(
 
 
 def contributions(y: Many, owner: Tensor, rows: Tensor) -> list[Contribution]:
-    """Columns ascending: row ``rows[t, c]`` of ``y[owner[t, c]]`` for every token, where the owner is not -1."""
+    """Columns ascending: row ``rows[t, c]`` of ``y[owner[t, c]]``, where the owner is not -1."""
     parts = []
     for column in range(owner.shape[1]):
         for r, source in enumerate(y):
             tokens = (owner[:, column] == r).nonzero()[:, 0]
             parts.append((tokens, source, rows[tokens, column]))
     return parts
-
-
-def v1_contributions(y: Many, rows: Tensor, size: int | None) -> list[Contribution]:
-    """V1: ascending rank. ``rows`` [T, R]: one source rank's entry of :func:`compact_rows`."""
-    return domain_contributions(contributions, y, torch.where(rows >= 0, iota(len(y)), -1), rows, size)
 
 
 def v2_contributions(y: Many, owner: Tensor, rows: Tensor) -> list[Contribution]:
@@ -183,10 +166,10 @@ def v2_grouped_contributions(y: Many, owner: Tensor, rows: Tensor) -> list[Contr
 
 
 def domain_contributions(
-    recipe: Callable[[Many, Tensor, Tensor], list[Contribution]], y: Many, owner: Tensor, rows: Tensor, size: int | None
+    recipe: Callable[[Many, Tensor, Tensor], list[Contribution]], y: Many, owner: Tensor, rows: Tensor, size: int
 ) -> list[Contribution]:
-    """``recipe`` for the ranks of each domain of ``size`` ranks, summed and rounded; None: all ranks are one domain."""
-    if size is None:
+    """``recipe`` for the ranks of each domain of ``size`` ranks, summed and rounded; 0: all ranks are one domain."""
+    if not size:
         return recipe(y, owner, rows)
     sums = []
     for d in range(len(y) // size):
@@ -206,17 +189,13 @@ def slot_weights(weights: Many, owner: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-@dataclass(frozen=True)
-class V1Layout:
-    """``num_tokens_per_rank`` [R] int32, ``num_tokens_per_expert`` [E] int32, ``is_token_in_rank`` [T, R] bool."""
-
-    num_tokens_per_rank: Tensor
-    num_tokens_per_expert: Tensor
-    is_token_in_rank: Tensor
+class V1Layout(NamedTuple):
+    num_tokens_per_rank: Tensor  # [R] int32
+    num_tokens_per_expert: Tensor  # [E] int32
+    is_token_in_rank: Tensor  # [T, R] bool
 
 
 def v1_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> V1Layout:
-    """The layout of one rank's tokens. ``topk_idx`` [T, K] int64."""
     sent = tokens_in_ranks(topk_idx, contiguous_placement(num_experts, num_ranks))
     per_expert = torch.bincount(topk_idx[topk_idx >= 0].reshape(-1), minlength=num_experts)
     return V1Layout(sent.sum(0).int(), per_expert.int(), sent)
@@ -224,11 +203,8 @@ def v1_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> V1Layout:
 
 @dataclass(frozen=True)
 class V1Received:
-    """One rank's dispatch results, the comparable parts of its handle, and ``num_recv``, its count of valid rows.
-
-    After ``num_worst_tokens``: ``recv_x``, ``recv_sf``, ``recv_topk_weights`` are undefined past ``num_recv`` (here 0);
-    the tails of ``recv_topk_idx`` and ``recv_src_idx`` are -1; the list is empty.
-    """
+    """Results of a rank and the comparable parts of its handle; ``num_recv`` rows are valid. After ``num_worst_tokens``
+    x, sf and weights are undefined (here 0) past them, ids and ``recv_src_idx`` -1; the list is empty."""
 
     num_recv: int
     recv_x: Tensor
@@ -291,7 +267,7 @@ def v1_combine(
     *,
     topk_weights: Many | None = None,
     bias: Sequence[Many] | None = None,
-    num_scaleup_ranks: int | None = None,
+    num_scaleup_ranks: int = 0,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """``y`` [N, H] and ``topk_weights`` [N, K] by destination rank; ``bias``: per source rank, none to two [T, H].
 
@@ -299,10 +275,11 @@ def v1_combine(
     """
     combined = []
     for rank, rows in enumerate(compact_rows(is_token_in_rank)):
-        parts, weights = v1_contributions(y, rows, num_scaleup_ranks), None
+        owner, weights = torch.where(rows >= 0, iota(len(y)), -1), None
+        parts = domain_contributions(contributions, y, owner, rows, num_scaleup_ranks)
         out = reduce_rows(parts, len(rows), y[rank].shape[1], y[rank].dtype, bias[rank] if bias else ())
         if topk_weights is not None:
-            parts = v1_contributions(topk_weights, rows, num_scaleup_ranks)
+            parts = domain_contributions(contributions, topk_weights, owner, rows, num_scaleup_ranks)
             weights = reduce_rows(parts, len(rows), topk_weights[rank].shape[1], torch.float32)
         combined.append((out, weights))
     return combined
@@ -310,11 +287,8 @@ def v1_combine(
 
 @dataclass(frozen=True)
 class V2Received:
-    """One rank's dispatch results and handle fields; ``row_valid`` [rows] bool says which rows are defined.
-
-    Undefined rows (alignment gaps, and everything past the valid rows without CPU sync) are 0 here, as zero padding
-    makes the gaps. ``recv_src_metadata`` holds the valid rows only; its private column 1 is 0.
-    """
+    """Results and handle fields of a rank; ``row_valid`` [rows] bool: which rows are defined; the others (gaps, and
+    past the valid rows without CPU sync) are 0. ``recv_src_metadata``: valid rows only, its private column 1 is 0."""
 
     recv_x: Tensor
     recv_sf: Tensor | None
@@ -401,7 +375,7 @@ def v2_combine(
     allow_multiple_reduction: bool = True,
     topk_weights: Many | None = None,
     bias: Sequence[Many] | None = None,
-    num_scaleup_ranks: int | None = None,
+    num_scaleup_ranks: int = 0,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """``y`` by destination rank ([N, H], expanded [rows, H]), ``topk_weights`` likewise ([N, K], expanded [rows]).
 
@@ -411,8 +385,10 @@ def v2_combine(
     token_rows = compact_rows([tokens_in_ranks(t, placement) for t in topk_idx])
     slot_rows, _ = expanded_rows(topk_idx, placement, expert_alignment)
     expand_recipe = v2_grouped_contributions if allow_multiple_reduction else contributions
-    recipe = expand_recipe if do_expand else v2_contributions
-    size = num_scaleup_ranks if allow_multiple_reduction else None
+    recipe, size = (
+        expand_recipe if do_expand else v2_contributions,
+        num_scaleup_ranks if allow_multiple_reduction else 0,
+    )
     combined = []
     for rank, (by_rank, by_slot) in enumerate(zip(token_rows, slot_rows, strict=True)):
         owner = placement.owner[topk_idx[rank]]

@@ -14,7 +14,19 @@ from ..layout import align
 from ..plans import LAYOUTS, Plan, PlanLayout
 from ..types import DispatchSpec, ExpertPlacement
 from ._domains import Domains
+from ._pipeline import Link
 from ._routing import experts_of
+from .base import Domain
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ways:
+    """Where rows can go from a rank: along its ``rail`` (by domain), and inside its ``domain`` (by index)."""
+
+    domains: Domains
+    rail: PairChannel
+    domain: Domain
+    link: Link
 
 
 @dataclass(slots=True, eq=False)
@@ -230,6 +242,17 @@ class Chunks:
     sent: list[int]
     received: list[int]
     rounds: int = field(init=False)
+
+    @classmethod
+    def across(cls, ways: Ways, row_bytes: int, sent: list[int], received: list[int]) -> Chunks:
+        me = ways.domains.domain
+        others = [[0 if d == me else n for d, n in enumerate(counts)] for counts in (sent, received)]
+        return cls(ways.link.chunk_rows(row_bytes), *others)
+
+    @property
+    def most(self) -> int:
+        """Rows in the busier direction."""
+        return max(sum(self.sent), sum(self.received))
 
     def __post_init__(self) -> None:
         self.rounds = -(-max([*self.sent, *self.received, 0]) // self.rows)

@@ -11,6 +11,9 @@ from .._pairs import Transfer
 #: Chunks on their way at once: one that the wire carries, one that it takes next, one that is being taken in.
 DEPTH = 3
 
+#: Work done between two looks at the wire.
+SLICE_BYTES = 1 << 20
+
 _CHUNK_SECONDS = 10e-3  # of the wire: short beside a whole operation, long beside the cost of one transfer
 _FIRST_CHUNK_BYTES = 512 << 10  # before anything is known of the link
 _LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 64 << 10, 8 << 20
@@ -21,6 +24,28 @@ def chunk_rows(row_bytes: int, bytes_per_second: float) -> int:
     """Rows of a chunk, for a link of which a rank can use so much (0: not known)."""
     wanted = int(bytes_per_second * _CHUNK_SECONDS) or _FIRST_CHUNK_BYTES
     return max(1, min(max(wanted, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES) // max(row_bytes, 1))
+
+
+class Link:
+    """What is known of the way across: how many bytes a second a rank can send, and so how large chunks should be.
+
+    Attributes:
+        measured: by this rank, in its last large operation; 0: nothing yet.
+        agreed: the highest that any rank told at the last rendezvous, so that all ranks cut alike.
+    """
+
+    def __init__(self, given: float) -> None:
+        """``given``: bytes a second of one rank; 0: to be measured."""
+        self._given = given
+        self.measured = 0.0
+        self.agreed = 0.0
+
+    def chunk_rows(self, row_bytes: int) -> int:
+        return chunk_rows(row_bytes, self._given or self.agreed)
+
+    def measure(self, num_bytes: int, seconds: float) -> None:
+        if num_bytes >= _LEAST_MEASURED_BYTES and seconds > 0:
+            self.measured = num_bytes / seconds
 
 
 def run(
@@ -45,11 +70,6 @@ def run(
         elif more:
             more = next(other_work, _END) is not _END
     return last - first
-
-
-def measured_rate(num_bytes: int, seconds: float, before: float) -> float:
-    """Bytes a second that this rank's link carried; ``before`` where too few to tell."""
-    return num_bytes / seconds if num_bytes >= _LEAST_MEASURED_BYTES and seconds > 0 else before
 
 
 _END = object()

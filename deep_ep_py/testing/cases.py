@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -22,17 +22,19 @@ BACKENDS = (
 
 
 def settings_for(backend: str, rank: int, num_ranks: int) -> Settings:
-    """Ranks of ``hybrid`` play hosts of half the ranks each, where these are even and more than two, else of one."""
-    if backend != "hybrid":
-        return Settings()
+    """The environment's. Where it names no domain, ranks of ``hybrid`` play two hosts, or where their number is odd
+    hosts of one rank each."""
+    settings = Settings.from_env()
+    if backend != "hybrid" or settings.domain:
+        return settings
     size = num_ranks // 2 if num_ranks % 2 == 0 else 1
-    return Settings(domain=f"host {rank // size}")
+    return replace(settings, domain=f"host {rank // size}")
 
 
-def domain_size(buffer: Any) -> int | None:
-    """Ranks of each domain where rows take two hops."""
+def domain_size(buffer: Any) -> int:
+    """Ranks of each domain where rows take two hops, else 0."""
     info = buffer.backend_info()
-    return len(info.scaleup_ranks) if info.num_hops == 2 else None
+    return len(info.scaleup_ranks) if info.num_hops == 2 else 0
 
 
 #: Dtypes that combine adds up; every other dtype is an opaque payload of dispatch.

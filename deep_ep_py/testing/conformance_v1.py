@@ -62,7 +62,7 @@ def expected_dispatch(case: Case, with_topk: bool = True, num_worst_tokens: int 
 
 @computed_once(maxsize=6)
 def expected_combine(
-    case: Case, num_bias: int, salt: int = 0, num_scaleup_ranks: int | None = None
+    case: Case, num_bias: int, salt: int = 0, num_scaleup_ranks: int = 0
 ) -> list[tuple[Tensor, Tensor | None]]:
     """What the oracle combines from :func:`rows_of` and :func:`weights_of` of every rank."""
     received = expected_dispatch(case)
@@ -112,7 +112,7 @@ def check_layout(buffer: Any, case: Case, rank: int) -> None:
     per_rank, per_rdma_rank, per_expert, in_rank, event = result
     assert_same_bits(per_rank, expected.num_tokens_per_rank, "num_tokens_per_rank")
     size = domain_size(buffer)
-    if size is None:
+    if not size:
         assert per_rdma_rank is None
     else:
         to_domain = expected.is_token_in_rank.view(-1, case.num_ranks // size, size).any(2)

@@ -99,7 +99,7 @@ def combine_inputs(case: Case, mode: Mode, rank: int, salt: int = 0) -> tuple[Te
 
 @computed_once(maxsize=6)
 def expected_combine(
-    case: Case, mode: Mode, num_bias: int, salt: int = 0, num_scaleup_ranks: int | None = None
+    case: Case, mode: Mode, num_bias: int, salt: int = 0, num_scaleup_ranks: int = 0
 ) -> list[tuple[Tensor, Tensor | None]]:
     """What the oracle combines from :func:`combine_inputs` of every rank."""
     inputs = make_inputs(case)

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,10 @@ def conform(place: Place, backend: str) -> dict[str, Any]:
     checks = ((rows, compact_nosync), (rows, expand), (rows, single), (scaled, compact))
     done = conformance_v1.check_batch(place.group, (rows,), backend)
     done += conformance_v2.check_batch(place.group, checks, backend)
-    return {"checks": done, "domain": Settings.from_env().domain, "hostname": socket.gethostname()}
+    with conformance_v1.open_buffer(place.group, backend) as buffer:
+        info = buffer.backend_info()
+    found = {"backend": info.name, "refused": info.refused, "domains": info.domains}
+    return {"checks": done, "domain": Settings.from_env().domain, "hostname": socket.gethostname(), **found}
 
 
 def dispatch_at_gates(place: Place, backend: str) -> None:
@@ -113,7 +116,8 @@ def traffic_case(num_ranks: int) -> Case:
 
 def dispatch_until_error(place: Place, backend: str, timeout_seconds: float) -> dict[str, Any]:
     """Dispatch in a loop, with the mark ``looping`` after a few, until an error of the library ends it."""
-    settings = Settings(timeout_seconds=timeout_seconds, connect_timeout_seconds=CONNECT_SECONDS)
+    limits = {"timeout_seconds": timeout_seconds, "connect_timeout_seconds": CONNECT_SECONDS}
+    settings = replace(Settings.from_env(), **limits)
     buffer = Buffer(place.group, backend=backend, settings=settings)
     dispatch = _dispatcher(buffer, traffic_case(place.num_ranks), place.rank)
     for i in itertools.count():
