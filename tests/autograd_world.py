@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import deep_ep_py as ep
+from deep_ep_py.testing.cases import settings_for
 from deep_ep_py.testing.worlds import run_threads
 
 
@@ -114,7 +115,9 @@ def threads(
     """``body(rank, buffer, *args)`` on a thread per rank."""
 
     def rank_body(communicator: Any) -> Any:
-        buffer = ep.ElasticBuffer(communicator, num_max_tokens_per_rank=max(routing.num_tokens), backend=backend)
+        settings = settings_for(backend, communicator.rank, communicator.size)
+        size = max(routing.num_tokens)
+        buffer = ep.ElasticBuffer(communicator, num_max_tokens_per_rank=size, backend=backend, settings=settings)
         return body(communicator.rank, buffer, *args)
 
     return run_threads(routing.num_ranks, rank_body, timeout_seconds=timeout_seconds)

@@ -9,6 +9,7 @@ import torch
 from autograd_world import FORMS, Board, Routing, every_rank, gather_in_group, layer, of_all_ranks, threads
 
 import deep_ep_py as ep
+from deep_ep_py.testing.cases import BACKENDS
 from deep_ep_py.testing.worlds import run_processes
 
 ROUTING = Routing()
@@ -61,7 +62,7 @@ def test_gradcheck_of_awkward_routings(name, expand):
         in_threads(AWKWARD[name], form, expand, "shm")
 
 
-@pytest.mark.parametrize("backend", ["shm", "collective"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("expand", [False, True], ids=["compact", "expanded"])
 def test_no_tokens_anywhere(expand, backend):
     routing = Routing((0, 0, 0), hidden=5)
@@ -79,6 +80,12 @@ def test_no_tokens_anywhere(expand, backend):
 @pytest.mark.parametrize("expand", [False, True], ids=["compact", "expanded"])
 def test_gradcheck_collective(expand):
     in_threads(Routing((2, 0), num_experts=4), "plan async aligned", expand, "collective")
+
+
+@pytest.mark.parametrize("form", ["plan async aligned", "one call fixed"])
+@pytest.mark.parametrize("expand", [False, True], ids=["compact", "expanded"])
+def test_gradcheck_over_two_hops(form, expand):
+    in_threads(Routing((2, 0, 3, 1), num_experts=5), form, expand, "hybrid")
 
 
 @pytest.mark.parametrize("form", ["plan aligned", "one call async"])
@@ -99,7 +106,7 @@ def test_gradcheck_in_processes():
     run_processes(3, check_in_process, Routing((2, 0, 1)), ("plan", "one call async"))
 
 
-@pytest.mark.parametrize("backend", ["shm", "collective"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("expand", [False, True], ids=["compact", "expanded"])
 def test_as_the_buffer_delivers(expand, dtype, backend):
@@ -147,7 +154,7 @@ def test_as_the_buffer_delivers(expand, dtype, backend):
     threads(routing, body, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["shm", "collective"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gaps_and_tails_are_zero(backend):
     """A gradient that sums over rows finds nothing where no row is, forth and back."""
     routing = Routing((3, 2), num_experts=5, hidden=33)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import deep_ep_py as ep
 from deep_ep_py.communicator import thread_world
+from deep_ep_py.testing.cases import settings_for
 from deep_ep_py.testing.worlds import run_processes
 
 ROUTING = Routing((3, 5), num_experts=6, hidden=8)
@@ -70,18 +71,26 @@ def step(form, backend, buffer, routing, rank, expand, tokens=None):
     return [out.detach(), x.grad, weights.grad, bias.grad, lin.weight.grad, lin.bias.grad]
 
 
-def compiled_as_eager(group, backend, cases):
+def compiled_as_eager(group, backend, cases, carrier="shm"):
+    """``carrier``: the buffer's backend."""
     rank = group.rank()
     routing = Routing((0, 5), num_experts=6, hidden=8) if rank == 0 else ROUTING
     for zero_tokens in (False, True):
         here = routing if zero_tokens else ROUTING
-        buffer = ep.ElasticBuffer(group, num_max_tokens_per_rank=8)
+        settings = settings_for(carrier, rank, group.size())
+        buffer = ep.ElasticBuffer(group, num_max_tokens_per_rank=8, backend=carrier, settings=settings)
         for form, expand in cases:
             torch._dynamo.reset()
             eager = step(form, None, buffer, here, rank, expand)
             compiled = step(form, backend, buffer, here, rank, expand)
             for a, b in zip(eager, compiled, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.processes
+def test_compiled_over_two_hops():
+    """A plan of two hops is as long as the tokens that a rank relays: a size that compilers do not know."""
+    run_processes(2, compiled_as_eager, "aot_eager", (("plan", True), ("one call async", False)), "hybrid")
 
 
 def compiled_for_changing_sizes(group):

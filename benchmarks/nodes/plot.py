@@ -47,7 +47,7 @@ def _draw(axis: Any, world: dict[str, Any], cells: list[dict[str, Any]], operati
             axis.bar(x, row["median_ms"], width=0.25, color=colour, label=None if place else name)
             axis.plot([x, x], [row["median_ms"], row["p95_ms"]], color="#444444", linewidth=1)
             axis.annotate(
-                f"{row['median_ms']:.3g}",
+                f"{row['median_ms']:.{0 if row['median_ms'] >= 100 else 1}f}",
                 (x, row["p95_ms"]),
                 (0, 2),
                 textcoords="offset points",
