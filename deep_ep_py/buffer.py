@@ -18,6 +18,7 @@ from .handle import pack_v1, pack_v1_internode, unpack_v1
 from .layout import dispatch_layout
 from .requests import MAX_ALIGNMENT
 from .settings import Settings
+from .traffic import Traffic
 from .types import CombineSpec, DispatchSpec, ExpertPlacement
 
 Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -160,6 +161,10 @@ class Buffer:
     def backend_info(self) -> BackendInfo:
         """Which backend carries the rows, and why others were refused."""
         return self._engine.info
+
+    def last_traffic(self) -> Traffic | None:
+        """What this rank moved in its last dispatch or combine, by link, in bytes: :class:`.traffic.Traffic`."""
+        return self._engine.last_traffic()
 
     def statistics(self) -> Any:
         """Counters of this buffer: :class:`.backends.base.Statistics`."""

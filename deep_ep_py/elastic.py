@@ -19,6 +19,7 @@ from .requests import Requests, Tokens
 from .settings import Settings
 from .sizes import elastic_heap_bytes
 from .tickets import Flights
+from .traffic import Traffic
 
 PreviousEvent = EventHandle | EventOverlap | None
 
@@ -186,6 +187,10 @@ class ElasticBuffer:
     def backend_info(self) -> BackendInfo:
         """Which backend carries the rows, and why others were refused."""
         return self._engine.info
+
+    def last_traffic(self) -> Traffic | None:
+        """What this rank moved in its last dispatch or combine, by link, in bytes: :class:`.traffic.Traffic`."""
+        return self._engine.last_traffic()
 
     def statistics(self) -> Any:
         """Counters of this buffer: :class:`.backends.base.Statistics`."""

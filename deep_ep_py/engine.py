@@ -8,7 +8,7 @@ import platform
 import secrets
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,9 @@ from .choice import BACKENDS, Construction, domains_of, open_backend, sizes
 from .communicator import Communicator, communicator_of
 from .errors import EPArgumentError, EPError, EPMismatchError
 from .event import CompletionEvent, EventHandle, EventOverlap
+from .plans import Plan
 from .settings import Settings
+from .traffic import Traffic, combine_sizes, combine_traffic, dispatch_sizes, dispatch_traffic
 from .types import Combined, CombineSpec, Dispatched, DispatchSpec
 
 
@@ -90,6 +92,7 @@ class Engine:
         # Operations of one buffer run in call order, whichever thread calls.
         self._lock = threading.RLock()
         self._refusals = {op: Refusal(self.backend, self._lock, op) for op in ("dispatch", "combine")}
+        self._last: tuple[Callable[..., Traffic], Any, Plan] | None = None
         # Closes when the buffer is dropped and before the interpreter ends; never collective.
         self.close = weakref.finalize(self, self.backend.close)
 
@@ -109,6 +112,7 @@ class Engine:
             except BaseException:
                 backend.abort(flight)
                 raise
+        self._last = dispatch_traffic, dispatch_sizes(spec), result.plan
         return result, _event_of(flight.event, background)
 
     def combine(
@@ -119,6 +123,7 @@ class Engine:
             flight = backend.prepare_combine(spec, background=background, previous=previous)
             backend.combine_send(flight)
             result = backend.combine_recv(flight)
+        self._last = combine_traffic, combine_sizes(spec), spec.plan
         return result, _event_of(flight.event, background)
 
     def barrier(self) -> None:
@@ -127,6 +132,14 @@ class Engine:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self.backend.empty(shape, dtype)
+
+    def last_traffic(self) -> Traffic | None:
+        """What this rank moved in the last dispatch or combine that was begun; None before the first. Computed when
+        asked for: plan and sizes determine every byte."""
+        if self._last is None:
+            return None
+        count, sizes, plan = self._last
+        return count(self.backend.name, sizes, plan, self.info.domains)
 
     def statistics(self) -> Statistics:
         return self.backend.statistics()

@@ -29,7 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CPU, Many = torch.device("cpu"), Sequence[Tensor]
+CPU = torch.device("cpu")
+Many = Sequence[Tensor]
 #: (tokens, source, rows): ``acc[tokens] += source[rows]``; no token occurs twice in one contribution.
 Contribution = tuple[Tensor, Tensor, Tensor]
 
@@ -79,7 +80,6 @@ def contiguous_placement(num_experts: int, num_ranks: int) -> Placement:
 
 
 def localise(topk_idx: Tensor, placement: Placement, rank: int) -> Tensor:
-    """Local expert ids on ``rank``, -1 where the slot is empty or another rank's."""
     return torch.where(placement.owner[topk_idx] == rank, placement.local_id[topk_idx], -1)
 
 
@@ -95,7 +95,7 @@ def only_highest(owner: Tensor) -> Tensor:
 
 
 def compact_rows(is_token_in_rank: Many) -> list[Tensor]:
-    """Per source rank, [T, R] int64: the row that the token takes on each destination rank, -1 where it is not sent."""
+    """Per source rank, [T, R] int64: the token's row on each destination rank, -1 where it is not sent."""
     rows, first = [], torch.zeros(is_token_in_rank[0].shape[1], dtype=torch.int64, device=CPU)
     for sent in is_token_in_rank:
         rows.append(torch.where(sent, first + sent.long().cumsum(0) - 1, -1))
