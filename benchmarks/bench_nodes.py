@@ -32,8 +32,8 @@ What is measured
 
 Routings
     even: K different experts of E, all alike. groups: K experts of the best 4 of 8 groups, chosen by the library's
-    DeepSeek-V3 router. The last table holds the rows that cross against their closed form and their expectation (which,
-    for groups, takes kept groups to be used alike).
+    DeepSeek-V3 router with random weights. The last table has rows by token: those that cross with one hop and with two,
+    counted in the routing, and what is expected of two hops; then the bytes of the rows, and the bytes that crossed.
 """
 
 from __future__ import annotations

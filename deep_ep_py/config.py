@@ -44,7 +44,7 @@ class Config:
         return ranks * self.num_max_nvl_chunked_recv_tokens * row
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Bytes needed across domains: 0, since no rank lies in another domain."""
+        """Bytes to set aside for rows that cross domains: 0, since they pass through the same heap, which grows."""
         whole("hidden_bytes", hidden_bytes, 0)
         whole("num_ranks", num_ranks, 1)
         return 0

@@ -281,7 +281,7 @@ REMEDIES = {
 
 def _remedy(name: str, error: str, default: str = "auto") -> str:
     if name == default and name not in ("auto", *BACKENDS):
-        return "set DEEP_EP_PY_BACKEND to auto, shm or collective, or unset it"
+        return "set DEEP_EP_PY_BACKEND to auto, shm, hybrid or collective, or unset it"
     return next((remedy for word, remedy in REMEDIES.items() if word in error), "")
 
 

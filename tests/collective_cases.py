@@ -1,13 +1,15 @@
-"""Seeded routings and one-line operations for the tests of the ``collective`` backend."""
+"""Seeded routings and one-line operations for the tests of the ``collective`` and ``hybrid`` backends."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, replace
 
 import torch
 
 from deep_ep_py import reference
 from deep_ep_py.backends.collective import CollectiveBackend
+from deep_ep_py.choice import Construction, open_backend
 from deep_ep_py.layout import worst_case_expanded_rows
 from deep_ep_py.settings import Settings
 from deep_ep_py.testing import run_threads
@@ -78,11 +80,33 @@ def same(got, want, what, valid=slice(None)):
     assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8)), what
 
 
-def all_ranks(routing, body, settings=SETTINGS):
-    """``body(rank, backend)`` on every rank, as threads."""
+def open_hybrid(communicator, domains, settings=SETTINGS):
+    """One rank's end of two hops over ``domains``, tuples of ranks. Collective."""
+    where = {r: f"host {d}" for d, ranks in enumerate(domains) for r in ranks}
+    nonces = communicator.exchange(secrets.token_bytes(7), timeout=20, what="epoch")
+    backend, info = open_backend(
+        Construction(
+            communicator=communicator,
+            settings=replace(settings, backend="hybrid"),
+            hosts=[{"domain": where[r], "boot_id": "one machine"} for r in range(communicator.size)],
+            epoch=sum(int.from_bytes(n, "little") for n in nonces),
+            heap_bytes=1 << 20,
+            num_cores=1,
+            allow_hybrid_mode=True,
+        )
+    )
+    assert info.name == "hybrid"
+    return backend
+
+
+def all_ranks(routing, body, settings=SETTINGS, domains=None):
+    """``body(rank, backend)`` on every rank, as threads: on ``collective``, or over ``domains`` on ``hybrid``."""
 
     def rank_body(communicator):
-        backend = CollectiveBackend(communicator, settings)
+        if domains is None:
+            backend = CollectiveBackend(communicator, settings)
+        else:
+            backend = open_hybrid(communicator, domains, settings)
         try:
             return body(communicator.rank, backend)
         finally:

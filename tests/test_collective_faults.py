@@ -1,4 +1,5 @@
-"""The ``collective`` backend where something is wrong: refusals that every rank sees, peers that go, Ctrl-C."""
+"""The ``collective`` backend where something is wrong: refusals that every rank sees, peers that go, Ctrl-C. The refusals
+are those of ``hybrid`` too."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -35,23 +37,54 @@ from deep_ep_py.types import CombineSpec, ExpertPlacement
 # Refusals: all ranks raise, nothing has moved, the buffer goes on ----------------------------------------------------
 
 
-def refused(routing, act, check):
+@dataclass(frozen=True)
+class World:
+    """Ranks, and how they are spread; ``domains`` None: over ``collective``."""
+
+    num_ranks: int
+    domains: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def routing(self):
+        return Routing(self.num_ranks)
+
+
+WORLDS = {
+    "collective": World(3),
+    "hybrid 2x2": World(4, ((0, 3), (1, 2))),
+    "hybrid 3x1": World(3, ((0,), (1,), (2,))),
+    "hybrid 1x3": World(3, ((0, 1, 2),)),
+}
+
+
+@pytest.fixture(params=WORLDS)
+def world(request):
+    return WORLDS[request.param]
+
+
+def refused(world, act, check):
     """``act`` raises an EPError on every rank, ``check(rank, error)`` judges it, and the backend works afterwards."""
+    routing = world.routing
 
     def body(rank, backend):
         usual = dispatch(backend, v2_spec(routing, rank, expand=False))
         with pytest.raises(EPError) as caught:
             act(rank, backend, usual)
         check(rank, caught.value)
-        same(dispatch(backend, v2_spec(routing, rank, expand=False)).recv_x, usual.recv_x, "afterwards")
+        again = dispatch(backend, v2_spec(routing, rank, expand=False))
+        same(again.recv_x, usual.recv_x, "afterwards")
+        ones = combine(backend, CombineSpec(torch.ones_like(again.recv_x), usual.plan)).combined_x
+        there = routing.placement.rank[routing.inputs()[0][rank].clamp(min=0)].where(routing.inputs()[0][rank] >= 0, -1)
+        sent = torch.stack([(there == r).any(1) for r in range(routing.num_ranks)]).sum(0)
+        same(ones, sent[:, None].repeat(1, routing.hidden).to(routing.dtype), "combined afterwards")
 
-    all_ranks(routing, body)
+    all_ranks(routing, body, domains=world.domains)
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["inline", "background"])
 @pytest.mark.parametrize("value", [7, -2])
-def test_bad_expert_id(value, background):
-    routing = Routing(3)
+def test_bad_expert_id(world, value, background):
+    routing = world.routing
 
     def act(rank, backend, _):
         spec = v2_spec(routing, rank, expand=False)
@@ -67,11 +100,11 @@ def test_bad_expert_id(value, background):
         else:
             assert error.ranks == (2,)
 
-    refused(routing, act, check)
+    refused(world, act, check)
 
 
-def test_other_operation():
-    routing = Routing(3)
+def test_other_operation(world):
+    routing = world.routing
 
     def act(rank, backend, usual):
         if rank == 1:
@@ -84,9 +117,10 @@ def test_other_operation():
     def check(_, error):
         assert type(error) is EPMismatchError
         assert error.field == "operation"
-        assert error.values == {0: "dispatch", 1: "barrier", 2: "combine"}
+        wanted = ("dispatch", "barrier", "combine", "dispatch")
+        assert error.values == dict(enumerate(wanted[: world.num_ranks]))
 
-    refused(routing, act, check)
+    refused(world, act, check)
 
 
 @pytest.mark.parametrize(
@@ -98,14 +132,14 @@ def test_other_operation():
         ("topk_weights bytes", {"topk_weights": None}),
         ("layout", {"layout": "expand"}),
         ("num_topk", {"topk_idx": torch.zeros(3, 2, dtype=torch.int64), "topk_weights": torch.zeros(3, 2)}),
-        ("num_experts", {"placement": ExpertPlacement.contiguous(8, 2)}),
+        ("num_experts", {"placement": ExpertPlacement.contiguous(8, 3)}),
         ("expert_alignment", {"expert_alignment": 16}),
         ("num_max_tokens_per_rank", {"num_max_tokens_per_rank": 99}),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_ranks_that_disagree(field, change):
-    routing = Routing(2)
+def test_ranks_that_disagree(world, field, change):
+    routing = world.routing
 
     def act(rank, backend, _):
         dispatch(backend, v2_spec(routing, rank, expand=False, **(change if rank == 0 else {})))
@@ -113,13 +147,13 @@ def test_ranks_that_disagree(field, change):
     def check(_, error):
         assert type(error) is EPMismatchError
         assert error.field == field
-        assert set(error.values) == {0, 1}
+        assert set(error.values) == set(range(world.num_ranks))
 
-    refused(routing, act, check)
+    refused(world, act, check)
 
 
-def test_handles_of_different_dispatches():
-    routing, other = Routing(2), Routing(2, seed=9)
+def test_handles_of_different_dispatches(world):
+    routing, other = world.routing, Routing(world.num_ranks, seed=9)
 
     def act(rank, backend, usual):
         topk = other.inputs()[0][rank]
@@ -130,11 +164,11 @@ def test_handles_of_different_dispatches():
         if rank:  # rank 0 may also notice that its rows are too few
             assert "handle" in str(error) or "rows" in str(error)
 
-    refused(routing, act, check)
+    refused(world, act, check)
 
 
-def test_wrong_num_tokens_per_rank():
-    routing = Routing(2)
+def test_wrong_num_tokens_per_rank(world):
+    routing = world.routing
 
     def act(rank, backend, _):
         spec = v1_spec(routing, rank)
@@ -143,17 +177,17 @@ def test_wrong_num_tokens_per_rank():
 
     def check(rank, error):
         assert type(error) is EPArgumentError
-        assert error.argument == "num_tokens_per_rank" if rank else error.ranks == (1,)
+        assert error.argument == "num_tokens_per_rank" if rank else error.ranks == tuple(range(1, world.num_ranks))
 
-    refused(routing, act, check)
+    refused(world, act, check)
 
 
-def test_worst_case_too_small_on_one_rank():
-    routing = Routing(3)
+def test_worst_case_too_small_on_one_rank(world):
+    routing = world.routing
     want = reference.v1_dispatch(
         routing.inputs()[2],
-        [reference.v1_layout(t, 7, 3).is_token_in_rank for t in routing.inputs()[0]],
-        [reference.v1_layout(t, 7, 3).num_tokens_per_expert for t in routing.inputs()[0]],
+        [reference.v1_layout(t, 7, world.num_ranks).is_token_in_rank for t in routing.inputs()[0]],
+        [reference.v1_layout(t, 7, world.num_ranks).num_tokens_per_expert for t in routing.inputs()[0]],
     )
     assert want[1].num_recv > 10
 
@@ -165,12 +199,12 @@ def test_worst_case_too_small_on_one_rank():
         assert error.ranks == (1,)
         assert f"rank 1 receives {want[1].num_recv} rows" in str(error)
 
-    refused(routing, act, check)
+    refused(world, act, check)
 
 
 @pytest.mark.parametrize("long", [1, 5000])
-def test_fail_reaches_every_peer(long):
-    routing = Routing(3)
+def test_fail_reaches_every_peer(world, long):
+    routing = world.routing
 
     def act(rank, backend, usual):
         if rank == 0:
@@ -184,7 +218,7 @@ def test_fail_reaches_every_peer(long):
             assert error.ranks == (0,)
             assert "x: \u00e9 wrong" in str(error)
 
-    refused(routing, act, check)
+    refused(world, act, check)
 
 
 class Broken:
@@ -196,8 +230,8 @@ class Broken:
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["inline", "background"])
-def test_previous_event_that_raises(background):
-    routing = Routing(2)
+def test_previous_event_that_raises(world, background):
+    routing = world.routing
 
     def body(rank, backend):
         usual = dispatch(backend, v2_spec(routing, rank, expand=False))
@@ -205,7 +239,7 @@ def test_previous_event_that_raises(background):
             combine(backend, CombineSpec(usual.recv_x, usual.plan), background, [Broken()] if rank else [])
         backend.barrier()
 
-    all_ranks(routing, body)
+    all_ranks(routing, body, domains=world.domains)
 
 
 # Faults: the exchange is in an unknown state, the backend is poisoned ------------------------------------------------

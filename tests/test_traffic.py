@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
-from traffic_world import WORLDS, Watch, World, run_v1, run_v2
+from traffic_world import WORLDS, Watch, World, run_ops, run_v1, run_v2
 
 from deep_ep_py import ElasticBuffer
 from deep_ep_py.backends import _record
-from deep_ep_py.testing import Case, run_threads
+from deep_ep_py.testing import Case, make_inputs, run_threads
 from deep_ep_py.traffic import RECORD_BYTES, Link
 
 BF16 = Case((9, 0, 7, 5, 4, 6), hidden=24, num_topk=4, num_experts=13, routing="masked", expert_alignment=4)
@@ -82,6 +82,36 @@ def test_v1_is_what_the_channel_was_handed(world, case, with_topk):
     check_channel(world, ranks)
 
 
+@pytest.mark.parametrize("world", WORLDS, ids=ids)
+def test_ops_are_what_the_channel_was_handed(world):
+    ranks = run_ops(world, of_world(BF16, world))
+    check_form(world, ranks)
+    check_channel(world, ranks)
+    assert all(link.rows == 0 for found in ranks for link in found["dispatch"][0].links)
+
+
+def test_v1_inside_one_domain_is_its_closed_form():
+    world = World((3,), "shm")
+    case = of_world(FP8, world)
+    ranks = run_v1(world, case, with_topk=True)
+    row, ids_and_index, weights = 40 + 2 * 4, 4 + 8 * 3, 4 * 3
+    combined_row = 2 * 40
+    owner = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, -1])  # of 8 experts, and of none
+    for source, mine in enumerate(make_inputs(case)):
+        to = [int((owner[mine.topk_idx] == r).any(1).sum()) for r in range(3)]
+        kinds = ["local" if r == source else "domain" for r in range(3)]
+        expected = {
+            "dispatch": [
+                Link(source, r, kinds[r], n * row, n * (ids_and_index + weights), 0) for r, n in enumerate(to)
+            ],
+            "cached": [Link(source, r, kinds[r], n * row, 0, 0) for r, n in enumerate(to)],
+            "combine": [Link(r, source, kinds[r], n * combined_row, n * weights, 0) for r, n in enumerate(to)],
+        }
+        assert sum(to) > 0
+        for op, links in expected.items():
+            assert list(ranks[source][op][0].links) == [link for link in links if link.bytes], op
+
+
 def worked_out(comm, world, multiple):
     """One expert a rank, top-2, rows of 40 bytes, weights; rank 0 has two tokens, rank 2 none."""
     routing = ([[0, 2], [2, 3]], [[1, 0]], [], [[0, -1]])
@@ -89,6 +119,7 @@ def worked_out(comm, world, multiple):
     x, weights = torch.zeros((len(topk_idx), 10)), torch.ones(topk_idx.shape)
     buffer = ElasticBuffer(comm, allow_multiple_reduction=multiple, settings=world.settings(comm.rank))
     watch = Watch(buffer)
+    assert buffer.last_traffic() is None
     try:
         recv_x, _, recv_weights, handle, _ = buffer.dispatch(x, topk_idx, weights, num_experts=4)
         dispatched = watch.last()[0].links

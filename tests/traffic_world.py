@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from deep_ep_py import Buffer, ElasticBuffer, Settings
+from deep_ep_py import Buffer, ElasticBuffer, Settings, autograd
 from deep_ep_py.testing import Case, make_inputs, run_threads
 from deep_ep_py.testing import conformance_v1 as v1
-from deep_ep_py.traffic import Traffic, combine_sizes, combine_traffic, dispatch_sizes, dispatch_traffic
+from deep_ep_py.traffic import Traffic
 
 Ops = dict[str, tuple[Traffic, Counter]]  # by name: the ledger, and bytes that the channel was handed, by rank
 
@@ -56,37 +56,23 @@ WORLDS = (
 
 
 class Watch:
-    """Records each operation of a buffer: its ledger, and the bytes that the backend hands to its channel."""
+    """Counts the bytes that a buffer's backend hands to its channel, by rank."""
 
     def __init__(self, buffer: Any) -> None:
-        engine = buffer._engine
-        self.info, self.backend = engine.info, engine.backend
+        self.buffer, self.backend = buffer, buffer._engine.backend
         self.sent: Counter = Counter()
-        self._ledger: Traffic | None = None
-        self._dispatch, self._combine = engine.dispatch, engine.combine
-        engine.dispatch, engine.combine = self.dispatch, self.combine
-        if self.info.name == "hybrid":
+        name = buffer.backend_info().name
+        if name == "hybrid":
             self._start = self.backend._rail.start
             self.backend._rail.start = self.start
-        elif self.info.name == "collective":
+        elif name == "collective":
             self._all_to_all = self.backend._channel.all_to_all_single
             self.backend._channel.all_to_all_single = self.all_to_all_single
 
     def last(self) -> tuple[Traffic, Counter]:
-        assert self._ledger is not None
+        """The ledger of the last operation, and what the channel was handed since this was asked before."""
         sent, self.sent = self.sent, Counter()
-        return self._ledger, sent
-
-    def dispatch(self, spec: Any, **options: Any) -> Any:
-        result = self._dispatch(spec, **options)
-        plan, domains = result[0].plan, self.info.domains
-        self._ledger = dispatch_traffic(self.info.name, dispatch_sizes(spec), plan, domains)
-        return result
-
-    def combine(self, spec: Any, **options: Any) -> Any:
-        result = self._combine(spec, **options)
-        self._ledger = combine_traffic(self.info.name, combine_sizes(spec), spec.plan, self.info.domains)
-        return result
+        return self.buffer.last_traffic(), sent
 
     def start(self, outputs: Any, inputs: Any) -> Any:
         for r, rows in zip(self.backend.domains.rail, inputs, strict=True):
@@ -143,6 +129,27 @@ def _v2_round(buffer: Any, watch: Watch, case: Case, rank: int, expand: bool, we
     y = torch.zeros((handle._plan.num_output_rows, case.hidden), dtype=case.row_dtype)
     buffer.combine(y, handle, topk_weights=recv_weights)
     found["combine"] = watch.last()
+    return found
+
+
+def run_ops(world: World, case: Case) -> list[Ops]:
+    """By rank: ``dispatch`` (a plan, which moves rows of no bytes), ``cached`` and ``combine`` of the torch ops."""
+    return run_threads(world.num_ranks, _ops, world, case)
+
+
+def _ops(comm: Any, world: World, case: Case) -> Ops:
+    mine = make_inputs(case)[comm.rank]
+    buffer = ElasticBuffer(comm, settings=world.settings(comm.rank))
+    watch, found = Watch(buffer), {}
+    try:
+        handle = autograd.plan(mine.topk_idx, buffer, case.num_experts)
+        found["dispatch"] = watch.last()
+        recv_x, _ = autograd.dispatch(mine.x, mine.topk_weights, handle)
+        found["cached"] = watch.last()
+        autograd.combine(recv_x, handle)
+        found["combine"] = watch.last()
+    finally:
+        buffer.destroy()
     return found
 
 

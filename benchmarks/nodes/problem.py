@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from math import comb
 
@@ -15,6 +16,7 @@ ROUTINGS = ("even", "groups")
 NUM_GROUPS, TOPK_GROUPS = 8, 4  # DeepSeek-V3's
 _DIGITS = {"source": 4, "token": 8}  # of base 4: 256 ranks, 65536 tokens
 _ROUTER_HIDDEN = 64  # of the router that draws the second routing; enough for scores to be independent
+_SAMPLED_ROUTERS = 16
 
 
 class NodesProblem(Problem):
@@ -35,14 +37,7 @@ class NodesProblem(Problem):
     def _route(self, rank: int) -> Tensor:
         if self.routing == "even":
             return super()._route(rank)
-        shape = self.shape
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            config = RouterConfig.deepseek_v3(NUM_GROUPS, TOPK_GROUPS)
-            router = Router(_ROUTER_HIDDEN, shape.num_experts, shape.num_topk, config)
-            torch.manual_seed(self.seed * 1_000_003 + rank)
-            with torch.no_grad():
-                return router(torch.randn(shape.num_tokens, _ROUTER_HIDDEN)).topk_idx.contiguous()
+        return _group_limited(self.shape, self.seed, self.seed * 1_000_003 + rank)
 
     def rows(self, source: Tensor, token: Tensor) -> Tensor:
         out = torch.empty((len(token), self.shape.hidden), dtype=torch.bfloat16)
@@ -84,19 +79,25 @@ class NodesProblem(Problem):
         return found
 
     def expected_crossings(self) -> float:
-        """Other domains a token goes to, on average, if all experts that may be chosen are as likely as each other.
+        """Other domains a token goes to, on average, if all experts are alike.
 
-        ``groups``: every choice of groups too. A router that prefers strong groups uses those it keeps a little more
-        evenly, so that its tokens cross a little more often.
+        ``even``: in closed form. ``groups``: the mean over other routers of random weights. What a group is kept for,
+        the sum of its best two, makes it likelier to be used than a draw from the kept groups would be.
         """
         experts, topk, domains = self.shape.num_experts, self.shape.num_topk, self.num_domains
         if self.routing == "even":
             return (domains - 1) * (1 - comb(experts - experts // domains, topk) / comb(experts, topk))
-        if domains > NUM_GROUPS or NUM_GROUPS % domains:
-            return float("nan")
-        inside, share = NUM_GROUPS // domains, experts // NUM_GROUPS  # groups of a domain, experts of a group
-        missed = 0.0
-        for kept in range(min(inside, TOPK_GROUPS) + 1):  # of the groups of one domain
-            likely = comb(inside, kept) * comb(NUM_GROUPS - inside, TOPK_GROUPS - kept) / comb(NUM_GROUPS, TOPK_GROUPS)
-            missed += likely * comb(share * (TOPK_GROUPS - kept), topk) / comb(share * TOPK_GROUPS, topk)
-        return (domains - 1) * (1 - missed)
+        many = replace(self.shape, num_tokens=1024)
+        chosen = torch.cat([_group_limited(many, seed, seed) for seed in range(1000, 1000 + _SAMPLED_ROUTERS)])
+        visited = torch.nn.functional.one_hot(chosen // (experts // domains), domains).amax(1).sum(1)
+        return float(visited.double().mean()) * (domains - 1) / domains  # the own domain is one as any
+
+
+def _group_limited(shape: Shape, router_seed: int, token_seed: int) -> Tensor:
+    """[T, K] the choice of a DeepSeek-V3 router of random weights for random tokens."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(router_seed)
+        config = RouterConfig.deepseek_v3(NUM_GROUPS, TOPK_GROUPS)
+        router = Router(_ROUTER_HIDDEN, shape.num_experts, shape.num_topk, config)
+        torch.manual_seed(token_seed)
+        return router(torch.randn(shape.num_tokens, _ROUTER_HIDDEN)).topk_idx.contiguous()

@@ -99,7 +99,7 @@ def conform(place: Place, backend: str) -> dict[str, Any]:
     return {"checks": done, "domain": Settings.from_env().domain, "hostname": socket.gethostname(), **found}
 
 
-def dispatch_at_gates(place: Place, backend: str) -> None:
+def dispatch_at_gates(place: Place, backend: str) -> list[tuple[int, int, str, int, int]]:
     """One dispatch between the gates ``before`` and ``after``: construction and a first one are over by then."""
     with conformance_v1.open_buffer(place.group, backend) as buffer:
         dispatch = _dispatcher(buffer, traffic_case(place.num_ranks), place.rank)
@@ -107,7 +107,17 @@ def dispatch_at_gates(place: Place, backend: str) -> None:
         place.wait_at_gate("before")
         dispatch()
         place.wait_at_gate("after")
-    # Here the byte ledger comes in: return the bytes by link that buffer.last_traffic() tells of the second dispatch.
+        links = buffer.last_traffic().links
+    return [(link.source, link.destination, link.kind, link.rows, link.bytes) for link in links]
+
+
+def dispatch_some(place: Place, backend: str, times: int) -> dict[int, float]:
+    """A few dispatches; the seconds that this rank has waited for each rank of its rail."""
+    with conformance_v1.open_buffer(place.group, backend) as buffer:
+        dispatch = _dispatcher(buffer, traffic_case(place.num_ranks), place.rank)
+        for _ in range(times):
+            dispatch()
+        return buffer.statistics().wait_seconds
 
 
 def traffic_case(num_ranks: int) -> Case:
@@ -139,7 +149,7 @@ def _dispatcher(buffer: Any, case: Case, rank: int) -> Callable[[], Any]:
     return lambda: buffer.dispatch(mine.x, **layout, **topk)
 
 
-SCENES = {scene.__name__: scene for scene in (conform, dispatch_at_gates, dispatch_until_error)}
+SCENES = {scene.__name__: scene for scene in (conform, dispatch_at_gates, dispatch_some, dispatch_until_error)}
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
