@@ -32,8 +32,9 @@ What is measured
 
 Routings
     even: K different experts of E, all alike. groups: K experts of the best 4 of 8 groups, chosen by the library's
-    DeepSeek-V3 router with random weights. The last table has rows by token: those that cross with one hop and with two,
-    counted in the routing, and what is expected of two hops; then the bytes of the rows, and the bytes that crossed.
+    DeepSeek-V3 router with random weights. The last table has, for a dispatch, rows by token: those that cross with one
+    hop and with two, counted in the routing, and what is expected of two hops; then, of two hops and the busiest host,
+    the bytes of the rows, those in the library's ledger (``buffer.last_traffic()``), and those that left the interface.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends._pipeline import Link
+from .backends._pipeline import chunk_rows
 from .errors import EPArgumentError
 from .traffic import RECORD_BYTES
 from .types import ExpertPlacement
@@ -306,7 +306,7 @@ def times_of(op: Op, backend: BackendName, moved: Integers, counts: Counts, load
     fill = 0.0
     if backend == "hybrid":
         width = load.row_bytes + load.sf_bytes if op == "dispatch" else load.combined_row_bytes
-        chunk = Link(link / cluster.nodes[0]).chunk_rows(width)
+        chunk = chunk_rows(width * max(num_nodes - 1, 1), link / cluster.nodes[0])
         rows = crossing_rows(op, counts, load, num_nodes, cluster.nodes[0])
         fill = 2 * float(np.minimum(rows, chunk).sum(1).max()) * width / memory
     return Times(

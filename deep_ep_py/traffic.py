@@ -73,7 +73,7 @@ class Traffic:
         return sum(link.bytes for link in self.links if kind in (None, link.kind))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DispatchSizes:
     """What of a dispatch, beside its plan, determines its bytes.
 
@@ -96,7 +96,7 @@ class DispatchSizes:
     describes_sources: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CombineSizes:
     """What of a combine, beside its plan, determines its bytes.
 

@@ -21,7 +21,8 @@ SETTINGS = Settings(timeout_seconds=20, connect_timeout_seconds=20)
 
 @dataclass(frozen=True)
 class Routing:
-    """Seeded inputs of all ranks: uneven and zero token counts, empty slots, duplicate experts, odd expert counts."""
+    """Seeded inputs of all ranks: uneven and zero token counts, empty slots, duplicate experts, odd expert counts.
+    ``tokens``: of each rank, where they matter. ``wanted``: experts that tokens go to; empty: all."""
 
     num_ranks: int
     num_experts: int = 7
@@ -30,15 +31,21 @@ class Routing:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     alignment: int = 1
+    tokens: tuple[int, ...] = ()
+    wanted: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        return f"R{self.num_ranks}-E{self.num_experts}-K{self.num_topk}-{name}-a{self.alignment}"
+        words = [f"R{self.num_ranks}-E{self.num_experts}-K{self.num_topk}-{name}-a{self.alignment}"]
+        words += [f"H{self.hidden}"] if self.hidden != 9 else []
+        words += ["T" + "+".join(map(str, self.tokens))] if self.tokens else []
+        return "-".join(words + ([f"to{self.wanted[0]}"] if self.wanted else []))
 
     def inputs(self):
         g = torch.Generator().manual_seed(self.seed)
-        num_tokens = [0 if r == 1 else 3 + 11 * r for r in range(self.num_ranks)]
-        topk = [torch.randint(-1, self.num_experts, (t, self.num_topk), generator=g) for t in num_tokens]
+        num_tokens = self.tokens or [0 if r == 1 else 3 + 11 * r for r in range(self.num_ranks)]
+        experts = torch.tensor([-1, *(self.wanted or range(self.num_experts))])
+        topk = [experts[torch.randint(0, len(experts), (t, self.num_topk), generator=g)] for t in num_tokens]
         weights = [torch.rand(t, self.num_topk, generator=g) for t in num_tokens]
         x = [cast(torch.randn(t, self.hidden, generator=g), self.dtype) for t in num_tokens]
         sf = [torch.randint(0, 1000, (t, 3), generator=g, dtype=torch.int32) for t in num_tokens]

@@ -53,6 +53,9 @@ def test_record(tmp_path):
                 # Above the rows come the routing, a rendezvous of everybody (4 KiB a rank and pair), and frames.
                 for counted, rows in zip(*bytes_of(cell, name, operation), strict=True):
                     assert rows < counted < 1.02 * rows + 120_000, (name, operation)
+                ledger = cell["ledger"].get(name, {}).get(operation)
+                for told, counted in zip(ledger or (), bytes_of(cell, name, operation)[0], strict=bool(ledger)):
+                    assert told < counted < 1.03 * told + 20_000, (name, operation)  # frames, acknowledgements
                 limited = cell["wire"][name][operation]["limited"]
                 assert all((n > 0) == (cell["rate"] != "none") for n in limited)
         for here, (two_hops, one_hop) in enumerate(

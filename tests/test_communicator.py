@@ -228,7 +228,11 @@ def test_choice_of_a_communicator():
     assert isinstance(c, Communicator)
     chosen = communicator_of(c)
     assert (chosen.rank, chosen.size) == (1, 2)
-    for group, comm, words in ((None, None, "process group"), (None, object(), "comm: expected"), (-100, None, "member")):
+    for group, comm, words in (
+        (None, None, "process group"),
+        (None, object(), "comm: expected"),
+        (-100, None, "member"),
+    ):
         with pytest.raises(EPArgumentError, match=words):
             communicator_of(group, comm)
     with pytest.raises(EPArgumentError):

@@ -146,7 +146,9 @@ def routed_by_hand(comm, case, backend):
         v1.check_dispatched(result, expected[rank])
         ys = [v1.rows_of(case, r, expected[r].num_recv) for r in range(case.num_ranks)]
         out, _, _ = buffer.combine(ys[rank], result[4])
-        assert_same_bits(out, v1.reference.v1_combine(ys, everywhere, num_scaleup_ranks=domain_size(buffer))[rank][0], "combined_x")
+        assert_same_bits(
+            out, v1.reference.v1_combine(ys, everywhere, num_scaleup_ranks=domain_size(buffer))[rank][0], "combined_x"
+        )
 
 
 def test_routed_by_hand(backend):

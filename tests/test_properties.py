@@ -9,8 +9,7 @@ from deep_ep_py import reference
 from deep_ep_py.testing import Case, make_inputs, run_threads
 from deep_ep_py.testing import conformance_v1 as v1
 from deep_ep_py.testing import conformance_v2 as v2
-from deep_ep_py.testing.cases import order_sensitive, route
-from deep_ep_py.testing.cases import domain_size
+from deep_ep_py.testing.cases import domain_size, order_sensitive, route
 from deep_ep_py.testing.compare import assert_same_bits
 from deep_ep_py.testing.conformance_v1 import rank_of
 from deep_ep_py.testing.conformance_v2 import MODES, Mode

@@ -7,7 +7,6 @@ import torch
 from traffic_world import WORLDS, Watch, World, run_ops, run_v1, run_v2
 
 from deep_ep_py import ElasticBuffer
-from deep_ep_py.backends import _record
 from deep_ep_py.testing import Case, make_inputs, run_threads
 from deep_ep_py.traffic import RECORD_BYTES, Link
 
@@ -154,7 +153,3 @@ def test_two_hops_worked_out_by_hand(multiple):
     found = run_threads(4, worked_out, World((2, 2), "hybrid"), multiple)
     assert [links for links, _ in found] == list(dispatches)
     assert [links for _, links in found] == list(combines)
-
-
-def test_the_record_has_this_many_bytes():
-    assert RECORD_BYTES == _record._RECORD_BYTES

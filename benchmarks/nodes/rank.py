@@ -88,6 +88,14 @@ class Ours:
         recv_x, _, weights, handle = self._got
         return self._mode.combine(recv_x, weights, handle)
 
+    def ledger(self) -> list[int]:
+        """[R] bytes between hosts, by the rank that sent them, as this rank's ledger has them of the last operation."""
+        sent = [0] * self._mode.problem.size
+        for link in self._mode.buffer.last_traffic().links:
+            if link.kind == "wire":
+                sent[link.source] += link.bytes
+        return sent
+
     def forget(self) -> None:
         self._got = None
 
@@ -145,12 +153,15 @@ def measure_nodes(place: Place, plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _run_cell(place: Place, world: World, cell: int, contenders: dict[str, Any], plan: Plan) -> dict[str, Any]:
     first: dict[str, float] = {}
+    ledgers: dict[str, dict[str, list[int]]] = {name: {} for name in BACKENDS}
     for name, contender in contenders.items():  # this warms up, too: each call finds its link's rate
         for operation in OPERATIONS:
             place.wait_at_gate(mark(cell, name, operation))
             start = time.perf_counter()
             getattr(contender, operation)()
             first[name] = first.get(name, 0.0) + time.perf_counter() - start
+            if name in ledgers:
+                ledgers[name][operation] = contender.ledger()
         place.wait_at_gate(mark(cell, name, "end"))
     iterations = plan.iterations or world.broadcast(max(1, min(5, int(1.0 / max(first.values())))))
     seconds: dict[str, dict[str, list[list[float]]]] = {c: {o: [] for o in OPERATIONS} for c in contenders}
@@ -169,7 +180,7 @@ def _run_cell(place: Place, world: World, cell: int, contenders: dict[str, Any],
                 busy[name][j] += now - before[j]
             contender.forget()
     share = {name: used / total for name, (used, total) in busy.items() if total}
-    return {"seconds": seconds, "iterations": iterations, "busy": share}
+    return {"seconds": seconds, "iterations": iterations, "busy": share, "ledger": ledgers}
 
 
 def _cores() -> tuple[float, float]:

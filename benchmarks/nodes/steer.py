@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import launch
@@ -76,7 +77,7 @@ def _sent(network: Network, host: int) -> tuple[int, int]:
 
 
 def _merge(plan: Plan, by_rank: list[dict[str, Any]], counted: dict[str, Any]) -> dict[str, Any]:
-    first = by_rank[0]
+    first, hosts = by_rank[0], _ranks_of(plan)
     slowest = {
         name: {
             operation: [
@@ -87,25 +88,39 @@ def _merge(plan: Plan, by_rank: list[dict[str, Any]], counted: dict[str, Any]) -
         }
         for name, operations in first["seconds"].items()
     }
-    return {**first, "seconds": slowest, **counted, **_closed_form(plan, first["tokens"], first["routing"])}
+    ledgers = {
+        name: {
+            operation: [sum(r["ledger"][name][operation][source] for r in by_rank for source in host) for host in hosts]
+            for operation in operations
+        }
+        for name, operations in first["ledger"].items()
+    }
+    return {
+        **first,
+        "seconds": slowest,
+        "ledger": ledgers,
+        **counted,
+        **_closed_form(plan, first["tokens"], first["routing"]),
+    }
 
 
 def _closed_form(plan: Plan, tokens: int, routing: str) -> dict[str, Any]:
     problem = plan.problem(tokens, routing)
-    crossings = int(problem.domains_of_tokens.sum())
-    own = sum(int(problem.domains_of_tokens[r, :, d].sum()) for r, d in _domains(plan))
+    crossings = problem.domains_of_tokens.sum(1)
+    own = sum(int(crossings[r, host]) for host, ranks in enumerate(_ranks_of(plan)) for r in ranks)
     return {
         "wire_rows": {name: problem.wire_rows(name) for name in CONTENDERS},
-        "crossings_per_token": (crossings - own) / (problem.size * tokens),
+        "crossings_per_token": (int(crossings.sum()) - own) / (problem.size * tokens),
         "expected_crossings_per_token": problem.expected_crossings(),
         "received_per_rank": problem.total_rows(False) / problem.size,
         "sent_per_rank": problem.num_sent_per_rank,
     }
 
 
-def _domains(plan: Plan) -> list[tuple[int, int]]:
-    pairs = [(d, n) for d, n in enumerate(plan.ranks_by_host)]
-    return list(enumerate(d for d, n in pairs for _ in range(n)))
+def _ranks_of(plan: Plan) -> list[range]:
+    """By host."""
+    ends = list(accumulate(plan.ranks_by_host))
+    return [range(end - n, end) for end, n in zip(ends, plan.ranks_by_host, strict=True)]
 
 
 def say(text: str) -> None:

@@ -65,6 +65,7 @@ def _row(
         "so_gb_per_s": cell["sent_per_rank"] * counted / seconds / 1e9,
         "sent_bytes_per_host": wire["interface"],
         "row_bytes_per_host": payload,
+        "ledger_bytes_per_host": cell["ledger"][name][operation] if name in cell["ledger"] else None,
         "percent_of_link_rows": 100 * max(payload) * 8 / seconds / rate if rate else None,
         "percent_of_link_frames": 100 * max(wire["limited"]) * 8 / seconds / rate if rate else None,
         "cores_busy_percent": 100 * cell["busy"][name],
@@ -125,7 +126,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def _crossings(world: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
     """What one hop and two put on the wire for each routing, and what was counted there."""
-    columns = ("routing", "T", "flat", "hierarchical", "expected", "MB/host by rows", "MB/host counted", "over rows %")
+    columns = ("routing", "T", "flat", "hierarchical", "expected", "MB rows", "MB ledger", "MB sent", "over ledger %")
     lines, seen = [], set()
     size = sum(world["ranks_by_host"])
     for cell in world["cells"]:
@@ -135,11 +136,12 @@ def _crossings(world: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]
         seen.add(key)
         flat = sum(map(sum, cell["wire_rows"]["flat"])) / (size * cell["tokens"])
         row = next(r for r in cell["rows"] if (r["contender"], r["operation"]) == (_BASE, "dispatch"))
-        by_rows, counted = max(row["row_bytes_per_host"]), max(row["sent_bytes_per_host"])
+        kinds = ("row_bytes_per_host", "ledger_bytes_per_host", "sent_bytes_per_host")
+        by_rows, told, counted = (max(row[kind]) for kind in kinds)
         crossing, expected = cell["crossings_per_token"], cell["expected_crossings_per_token"]
         pairs = [f"{flat:.3f}", f"{crossing:.3f}", f"{expected:.3f}"]
-        megabytes = [f"{by_rows / 1e6:.2f}", f"{counted / 1e6:.2f}", f"{100 * (counted / by_rows - 1):.1f}"]
-        lines.append([key[0], str(key[1]), *pairs, *megabytes])
+        megabytes = [f"{n / 1e6:.3f}" for n in (by_rows, told, counted)]
+        lines.append([key[0], str(key[1]), *pairs, *megabytes, f"{100 * (counted / told - 1):.2f}"])
     return columns, lines
 
 

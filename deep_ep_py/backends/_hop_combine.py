@@ -120,4 +120,4 @@ def _rows(
 
     seconds = run(chunks.rounds, begin, arrived, own())
     finish()
-    ways.link.measure(width * chunks.most, seconds)
+    ways.pace.measure(width * chunks.most, seconds)

@@ -162,7 +162,7 @@ def _move(ways: Ways, begun: Begun, x: torch.Tensor, sf: torch.Tensor | None) ->
             place(begun.own.targets[part], x[part], None if sf is None else sf[part])
             yield
 
-    ways.link.measure(width * chunks.most, run(chunks.rounds, begin, arrived, own()))
+    ways.pace.measure(width * chunks.most, run(chunks.rounds, begin, arrived, own()))
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:

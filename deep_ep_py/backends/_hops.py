@@ -14,7 +14,7 @@ from ..layout import align
 from ..plans import LAYOUTS, Plan, PlanLayout
 from ..types import DispatchSpec, ExpertPlacement
 from ._domains import Domains
-from ._pipeline import Link
+from ._pipeline import Pace
 from ._routing import experts_of
 from .base import Domain
 
@@ -26,7 +26,7 @@ class Ways:
     domains: Domains
     rail: PairChannel
     domain: Domain
-    link: Link
+    pace: Pace
 
 
 @dataclass(slots=True, eq=False)
@@ -247,7 +247,9 @@ class Chunks:
     def across(cls, ways: Ways, row_bytes: int, sent: list[int], received: list[int]) -> Chunks:
         me = ways.domains.domain
         others = [[0 if d == me else n for d, n in enumerate(counts)] for counts in (sent, received)]
-        return cls(ways.link.chunk_rows(row_bytes), *others)
+        # A round goes to and comes from every other domain: together they are one chunk of the link.
+        num_others = max(len(ways.domains.members) - 1, 1)
+        return cls(ways.pace.chunk_rows(row_bytes * num_others), *others)
 
     @property
     def most(self) -> int:

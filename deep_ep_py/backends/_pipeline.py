@@ -26,7 +26,7 @@ def chunk_rows(row_bytes: int, bytes_per_second: float) -> int:
     return max(1, min(max(wanted, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES) // max(row_bytes, 1))
 
 
-class Link:
+class Pace:
     """What is known of the way across: how many bytes a second a rank can send, and so how large chunks should be.
 
     Attributes:

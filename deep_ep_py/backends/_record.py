@@ -14,9 +14,9 @@ import torch
 from .._rows import RowChannel, name_ranks
 from ..errors import EPArgumentError, EPMismatchError
 from ..event import CompletionEvent
+from ..traffic import RECORD_BYTES
 from ._order import Refused
 
-_RECORD_BYTES = 4096
 _TEXT_CHARACTERS = 300  # of a failure; json may spend 6 to 12 bytes on one of them
 
 
@@ -65,8 +65,8 @@ def meet(gather: Gather, record: Record) -> list[Record]:
     """Everyone's record, by rank."""
     record.failed = record.failed[:_TEXT_CHARACTERS]
     data = json.dumps(asdict(record)).encode()
-    assert len(data) <= _RECORD_BYTES, "a record has outgrown its fixed size"
-    own = torch.frombuffer(bytearray(data.ljust(_RECORD_BYTES)), dtype=torch.uint8)
+    assert len(data) <= RECORD_BYTES, "a record has outgrown its fixed size"
+    own = torch.frombuffer(bytearray(data.ljust(RECORD_BYTES)), dtype=torch.uint8)
     return [Record(**json.loads(row.numpy().tobytes())) for row in gather(own)]
 
 

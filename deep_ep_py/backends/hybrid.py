@@ -25,7 +25,7 @@ from ._hop_combine import Returning, combine
 from ._hop_dispatch import Begun, begin_along, begin_new, deliver
 from ._hops import Homeward, Ways
 from ._order import Order
-from ._pipeline import Link
+from ._pipeline import Pace
 from ._record import Record, meet, take_part
 from ._worker import Completion
 from .base import Domain, Flight, Statistics
@@ -49,8 +49,8 @@ class HybridBackend:
         self._order = Order(f"deep_ep_py-hybrid-{self.rank}", self.rank, self._tell_peers)
         self._statistics = Statistics()
         # A host's link is shared by its ranks.
-        self._link = Link(settings.link_gbps * 1e9 / 8 / len(domains.here))
-        self._ways = Ways(domains, rail, domain, self._link)
+        self._pace = Pace(settings.link_gbps * 1e9 / 8 / len(domains.here))
+        self._ways = Ways(domains, rail, domain, self._pace)
 
     # Dispatch -------------------------------------------------------------------------------------------------------
 
@@ -182,9 +182,9 @@ class HybridBackend:
         check: Callable[[], None],
         previous: Sequence[CompletionEvent],
     ) -> list[Record]:
-        told = tell | {"link": int(self._link.measured)}
+        told = tell | {"link": int(self._pace.measured)}
         record = Record(op, self._order.begin(op), agree, told)
         records = take_part(self._gather, self.rank, record, check, previous)
-        self._link.agreed = float(max(r.tell["link"] for r in records))
+        self._pace.agreed = float(max(r.tell["link"] for r in records))
         self._statistics.operations += 1
         return records
