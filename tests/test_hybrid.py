@@ -229,3 +229,154 @@ def test_chunks(monkeypatch, routing, domains, rows):
 @pytest.mark.parametrize("gbps", [1e-9, 1e9])
 def test_rate_of_the_link(gbps):
     conform(replace(SHAPES[1][0], hidden=20_000), CROSSED, replace(SETTINGS, link_gbps=gbps))
+
+
+# Any timing ---------------------------------------------------------------------------------------------------------
+
+
+class Late:
+    """A rail that takes its time: starts and waits after random pauses, and says late that a transfer is done."""
+
+    def __init__(self, channel, nap):
+        self._channel, self._nap = channel, nap
+        self.close = channel.close
+
+    @property
+    def waited(self):
+        return self._channel.waited
+
+    def start(self, outputs, inputs):
+        self._nap()
+        return LateTransfer(self._channel.start(outputs, inputs), self._nap)
+
+
+class LateTransfer:
+    def __init__(self, transfer, nap):
+        self._transfer, self._nap = transfer, nap
+        self._looks = 0
+
+    def done(self):
+        self._looks += 1
+        return self._looks > 2 and self._transfer.done()
+
+    def wait(self):
+        self._nap()
+        self._transfer.wait()
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Called with a seed: from then on rails are :class:`Late`; returns what makes a domain's phases so too."""
+
+    def make(seed):
+        def napper(rank, salt):
+            pauses = random.Random(f"{seed} {rank} {salt}")
+            return lambda *_: time.sleep(pauses.choice((0, 0, 0, 1e-4, 2e-3)))
+
+        opened = ThreadCommunicator.open_pairs
+        monkeypatch.setattr(
+            ThreadCommunicator,
+            "open_pairs",
+            lambda self, *, timeout: Late(opened(self, timeout=timeout), napper(self.names[self.rank], "rail")),
+        )
+        monkeypatch.setattr(_pipeline, "chunk_rows", lambda *_: 3)
+        return lambda rank, backend: backend._domain.set_phase_hook(napper(rank, "domain"))
+
+    return make
+
+
+OPERATIONS = ("dispatch", "dispatch", "cached", "combine", "combine", "in place", "drop", "barrier")
+
+
+@pytest.mark.parametrize(("domains", "seed"), [(CROSSED, 1), (NEIGHBOURS, 2), (((0,), (1,), (2,)), 3)], ids=str)
+def test_any_timing(late, domains, seed):
+    """Operations of all kinds, while every rank lingers where it likes; what was returned stays what it was."""
+    num_ranks = sum(map(len, domains))
+    linger = late(seed)
+    sorts = [(Routing(num_ranks, seed=s, dtype=torch.bfloat16), expand) for s in (1, 2) for expand in (False, True)]
+    wanted = [V2(routing, domains, expand) for routing, expand in sorts]
+
+    def body(rank, backend):
+        linger(rank, backend)
+        # One stream for what all ranks do alike, one for what each does in its own way.
+        common, own = random.Random(seed), random.Random(seed * 100 + rank)
+        held, returned = [], []
+
+        def finish(flight, check):
+            if flight.event is None or own.random() < 0.3:
+                if flight.event is not None:
+                    flight.event.wait()
+                check()
+            else:
+                returned.append((flight, check))
+
+        def dispatched(want):
+            spec = v2_spec(want.routing, rank, expand=want.expand)
+            flight = backend.prepare(spec, background=own.random() < 0.5)
+            backend.dispatch_send(flight)
+            held.append((want, backend.dispatch_recv(flight), flight.event))
+            got = held[-1][1]
+            finish(flight, lambda: want.check_dispatched(rank, got))
+
+        def cached_along(want, plan):
+            weights = want.routing.inputs()[1][rank] if common.random() < 0.5 else None
+            flight = backend.prepare(cached(want.routing, rank, plan, weights), background=own.random() < 0.5)
+            backend.dispatch_send(flight)
+            finish(flight, lambda: want.check_cached(rank, flight.result, weights))
+
+        def combined(want, plan, y=None):
+            multiple = common.random() < 0.7
+            flight = backend.prepare_combine(
+                want.combine_spec(rank, plan, multiple, y), background=y is None and own.random() < 0.5
+            )
+            backend.combine_send(flight)
+            finish(flight, lambda: want.check_combined(rank, flight.result, multiple))
+
+        for _ in range(130):
+            operation = common.choice(OPERATIONS)
+            pick = common.randrange(1000)
+            if operation == "barrier":
+                backend.barrier()
+            elif operation == "dispatch" or not held:
+                dispatched(wanted[pick % len(wanted)])
+            elif operation == "cached":
+                want, got, _ = held[pick % len(held)]
+                cached_along(want, got.plan)
+            elif operation == "combine":
+                want, got, _ = held[pick % len(held)]
+                combined(want, got.plan)
+            else:
+                want, got, event = held.pop(pick % len(held))
+                if event is not None:
+                    event.wait()
+                want.check_dispatched(rank, got)
+                if operation == "in place":
+                    # In place, then overwritten at once: nobody reads it any more.
+                    got.recv_x.copy_(want.y[rank])
+                    combined(want, got.plan, got.recv_x)
+                    got.recv_x.fill_(float("nan"))
+                    returned[:] = [(f, check) for f, check in returned if f.result is not got]
+        backend.barrier()
+        for flight, check in returned:
+            assert flight.event.done()
+            check()
+        for want, got, _ in held:
+            want.check_dispatched(rank, got)
+        assert backend.statistics().operations > 90
+
+    all_ranks(Routing(num_ranks), body, domains=domains)
+
+
+def test_waits_are_counted_by_rank():
+    """``wait_seconds``: of the rail, and only of who came late."""
+
+    def body(rank, backend):
+        if rank == 3:
+            time.sleep(0.5)
+        backend.barrier()
+        return backend.statistics().wait_seconds
+
+    waited = all_ranks(Routing(4), body, domains=CROSSED)
+    assert [set(w) for w in waited] == [{1}, {0}, {3}, {2}]
+    assert waited[2][3] > 0.3
+    assert max(waited[0][1], waited[1][0], waited[3][2]) < 0.3

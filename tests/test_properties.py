@@ -205,7 +205,8 @@ def test_special_values(dtype, mode, backend):
     case = Case((40, 41, 42), hidden=100, num_topk=4, num_experts=9, dtype=dtype)
     summed_first = mode == EXPAND or (backend == "hybrid" and mode.multiple)
     for seen in run_threads(case.num_ranks, special_values, case, backend, mode):
-        # Sums of a rank or a domain start at +0.0, so that only a token sent nowhere keeps a bias of -0.0 where they are summed first.
+        # Sums of a rank or a domain start at +0.0, so that only a token sent nowhere keeps a bias of -0.0 where these
+        # are made first.
         assert seen >= {"NaN", "subnormal"} | (set() if summed_first else {"-0.0"}), "the data must reach these"
 
 

@@ -101,7 +101,7 @@ class HybridBackend:
         self, spec: CombineSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
     ) -> Flight:
         """Begin a combine: outputs only. Ranks meet in ``combine_send``, which raises what :meth:`prepare` would."""
-        result = self._order.run("combine", lambda: self._domain.prepare_combine(spec).result, background=False)
+        result = self._domain.prepare_combine(spec).result  # not behind what is under way: nothing is waited for
         return Flight(result, Completion() if background else None, (spec, tuple(previous)))
 
     def combine_send(self, flight: Flight) -> None:

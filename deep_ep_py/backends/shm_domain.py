@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ..errors import EPError, EPTimeoutError
+from ..errors import EPArgumentError, EPError, EPMismatchError, EPTimeoutError
 from ..plans import LAYOUTS, Plan, PlanLayout
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
 from .base import Flight, Relayed
 from .shm import DTYPE_CODES, ROW_TYPES, ShmBackend, address
+
+
+@contextmanager
+def _ours_alone() -> Iterator[None]:
+    """Of what goes wrong inside one domain the others do not know, so no such error leaves the buffer usable."""
+    try:
+        yield
+    except (EPArgumentError, EPMismatchError) as e:
+        raise EPError(str(e), op=e.op, phase=e.phase, seq=e.seq, ranks=e.ranks) from e
 
 
 class ShmDomain(ShmBackend):
@@ -37,29 +47,30 @@ class ShmDomain(ShmBackend):
         num_topk = weights.shape[1] if weights is not None else num_topk
         here = torch.tensor(self._members, dtype=torch.int64, device="cpu")
         tokens_here, rows_here = tokens_to[here].contiguous(), rows_to[here].contiguous()
-        flight = self._engine.hop_begin(
-            plan=plan.packed.data_ptr(),
-            cached=spec.plan is not None,
-            num_topk=num_topk,
-            has_topk=spec.topk_idx is not None,
-            weight_bytes=0 if weights is None else weights.element_size(),
-            local_of=self._local_of.data_ptr(),
-            num_experts=0 if placement is None else placement.num_experts,
-            expert_rank=0 if placement is None else placement.rank.data_ptr(),
-            expert_local=0 if placement is None else placement.local.data_ptr(),
-            tokens_to=tokens_here.data_ptr(),
-            rows_to=rows_here.data_ptr(),
-            row_bytes=x.shape[1] * x.element_size(),
-            hidden=x.shape[1],
-            dtype=DTYPE_CODES[x.dtype],
-            sf_bytes=0 if sf is None else sf.shape[1] * sf.element_size(),
-            zero_padding=spec.zero_padding,
-            mask_weights=spec.mask_weights,
-            describe_rows=spec.describe_rows,
-            num_worst_tokens=-1 if spec.num_worst_tokens is None else spec.num_worst_tokens,
-            max_threads=spec.max_threads,
-            previous=[],
-        )
+        with _ours_alone():
+            flight = self._engine.hop_begin(
+                plan=plan.packed.data_ptr(),
+                cached=spec.plan is not None,
+                num_topk=num_topk,
+                has_topk=spec.topk_idx is not None,
+                weight_bytes=0 if weights is None else weights.element_size(),
+                local_of=self._local_of.data_ptr(),
+                num_experts=0 if placement is None else placement.num_experts,
+                expert_rank=0 if placement is None else placement.rank.data_ptr(),
+                expert_local=0 if placement is None else placement.local.data_ptr(),
+                tokens_to=tokens_here.data_ptr(),
+                rows_to=rows_here.data_ptr(),
+                row_bytes=x.shape[1] * x.element_size(),
+                hidden=x.shape[1],
+                dtype=DTYPE_CODES[x.dtype],
+                sf_bytes=0 if sf is None else sf.shape[1] * sf.element_size(),
+                zero_padding=spec.zero_padding,
+                mask_weights=spec.mask_weights,
+                describe_rows=spec.describe_rows,
+                num_worst_tokens=-1 if spec.num_worst_tokens is None else spec.num_worst_tokens,
+                max_threads=spec.max_threads,
+                previous=[],
+            )
         try:
             result = self._outputs(spec, flight, plan, flight.num_output_rows, num_topk)
         except BaseException:
@@ -109,22 +120,23 @@ class ShmDomain(ShmBackend):
     def pull_begin(self, spec: CombineSpec) -> Any:
         y, weights, plan = spec.y, spec.weights, spec.plan
         row_bytes = y.shape[1] * y.element_size()
-        return self._engine.pull_begin(
-            plan=plan.packed.data_ptr(),
-            local_of=self._local_of.data_ptr(),
-            y=y.data_ptr(),
-            y_rows=plan.num_rows,
-            y_stride_bytes=y.stride(0) * y.element_size() if plan.num_rows > 1 else row_bytes,
-            row_bytes=row_bytes,
-            hidden=y.shape[1],
-            dtype=ROW_TYPES[y.dtype],
-            weights=address(weights),
-            weight_bytes=4 if weights is None else weights.element_size(),
-            num_weights=0 if weights is None else weights.shape[1] if weights.dim() == 2 else 1,
-            reduce_per_rank=spec.reduce_per_rank,
-            max_threads=spec.max_threads,
-            previous=[],
-        )
+        with _ours_alone():
+            return self._engine.pull_begin(
+                plan=plan.packed.data_ptr(),
+                local_of=self._local_of.data_ptr(),
+                y=y.data_ptr(),
+                y_rows=plan.num_rows,
+                y_stride_bytes=y.stride(0) * y.element_size() if plan.num_rows > 1 else row_bytes,
+                row_bytes=row_bytes,
+                hidden=y.shape[1],
+                dtype=ROW_TYPES[y.dtype],
+                weights=address(weights),
+                weight_bytes=4 if weights is None else weights.element_size(),
+                num_weights=0 if weights is None else weights.shape[1] if weights.dim() == 2 else 1,
+                reduce_per_rank=spec.reduce_per_rank,
+                max_threads=spec.max_threads,
+                previous=[],
+            )
 
     def pull(
         self,
