@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ from collective_cases import SETTINGS, M, Routing, all_ranks, cached, combine, d
 
 from deep_ep_py import reference
 from deep_ep_py.backends import _pipeline
+from deep_ep_py.communicator import ThreadCommunicator
 from deep_ep_py.types import CombineSpec
 
 CROSSED = ((0, 3), (1, 2))

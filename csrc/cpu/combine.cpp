@@ -97,6 +97,7 @@ std::unique_ptr<CombineFlight> Engine::combine_begin(const CombineParams& params
   require_sound();
   auto flight = std::make_unique<CombineFlight>();
   flight->params = params;
+  if (params.world.num_ranks == 0) flight->params.world = {options_.num_ranks, options_.rank, nullptr};
   run(false, interrupted, [&](const Interrupted& interrupt) {
     Step step{{Op::combine, "copy", 0}, false, &interrupt};
     guarded(step, [&] {

@@ -42,7 +42,23 @@ void combine(Engine& engine, Exchange& exchange, uint64_t salt, Dice& dice) {
   }
   auto params = exchange.combine(y, salt, &out, &weights, &out_weights);
   params.background = background;
-  const auto event = engine.combine(params, {}, nullptr);
+  const bool in_pieces = !background && dice.one_in(3);
+  std::shared_ptr<deep_ep::Event> event;
+  if (in_pieces) {
+    const auto flight = engine.combine_begin(params, {}, nullptr);
+    deep_ep::Pull pull = params.pull;
+    const int64_t columns = pull.layout == deep_ep::Layout::rank ? params.num_weights : pull.num_slots;
+    for (int64_t first = 0; first < params.pull.num_tokens; first += 3) {
+      pull.num_tokens = std::min<int64_t>(3, params.pull.num_tokens - first);
+      pull.targets = params.pull.targets + first * pull.num_slots;
+      pull.out = static_cast<float*>(params.pull.out) + first * params.hidden;
+      if (params.pull.out_weights) pull.out_weights = static_cast<float*>(params.pull.out_weights) + first * columns;
+      engine.combine_pull(*flight, pull, nullptr);
+    }
+    engine.combine_end(*flight, nullptr);
+  } else {
+    event = engine.combine(params, {}, nullptr);
+  }
   if (background) {
     EXPECT(event->wait(nullptr), "interrupted");
   } else {
@@ -90,6 +106,18 @@ void rank_body(int rank, Engine& engine, const WorldOptions& options, int64_t op
       exchange->dispatch(engine, true, behind);
       if (behind) EXPECT(exchange->event()->wait(nullptr), "interrupted");
       exchange->check("cached dispatch");
+    }
+    if (dice.one_in(3)) {
+      exchange->dispatch(engine, false, false, -1, true);
+      exchange->check("dispatch in pieces");
+    }
+    if (dice.one_in(4)) {
+      const std::vector<int64_t> own(static_cast<size_t>(1 + dice.below(300)), rank + 10 * i);
+      std::vector<int64_t> all(own.size() * static_cast<size_t>(options.num_ranks));
+      engine.gather(own.data(), own.size() * 8, all.data(), nullptr);
+      for (size_t k = 0; k < all.size(); ++k)
+        EXPECT(all[k] == static_cast<int64_t>(k / own.size()) + 10 * i, "gather: entry %zu is %lld", k,
+               (long long)all[k]);
     }
     const bool keep = dice.one_in(3);
     const int64_t keep_for = 1 + dice.below(12);

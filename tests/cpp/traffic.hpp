@@ -128,7 +128,9 @@ class Exchange {
   const std::shared_ptr<deep_ep::Event>& event() const { return flight_->event; }
 
   // Begins (and, but for the background, ends) a dispatch; `cached` repeats the plan of the first.
-  void dispatch(deep_ep::Engine& engine, bool cached, bool background, int64_t num_worst_tokens = -1) {
+  // `in_pieces`: along the plan of the first too, but as rows of other domains come: counts and small arrays first.
+  void dispatch(deep_ep::Engine& engine, bool cached, bool background, int64_t num_worst_tokens = -1,
+                bool in_pieces = false) {
     deep_ep::DispatchParams p;
     const int64_t tokens = routing_.num_tokens[rank_];
     p.layout = routing_.layout;
@@ -162,6 +164,19 @@ class Exchange {
     p.zero_padding = routing_.layout == Layout::expand;
     p.background = background;
     p.num_worst_tokens = num_worst_tokens;
+    std::vector<int64_t> tokens_to, rows_to, first_token(routing_.num_ranks, 0);
+    if (in_pieces) {
+      p.counted = true;
+      p.num_recv_tokens = tokens_received(rank_, routing_.num_ranks);
+      p.num_max_tokens_per_rank = max_tokens_;
+      for (int r = 0; r < routing_.num_ranks; ++r) {
+        tokens_to.push_back(tokens_received(r, routing_.num_ranks));
+        rows_to.push_back(static_cast<int64_t>(arrivals(routing_, r).size()));
+        first_token[r] = tokens_received(r, rank_);
+      }
+      p.tokens_to = tokens_to.data();
+      p.rows_to = rows_to.data();
+    }
     flight_ = engine.dispatch_begin(p, {}, nullptr);
     EXPECT(flight_->num_rows == num_rows(), "rank %d: %lld rows, expected %lld", rank_, (long long)flight_->num_rows,
            (long long)num_rows());
@@ -188,7 +203,42 @@ class Exchange {
       out.recv_meta = meta_.data();
     }
     cached_ = cached;
-    engine.dispatch_move(*flight_, out, nullptr);
+    if (in_pieces)
+      move_in_pieces(engine, first_token.data(), out);
+    else
+      engine.dispatch_move(*flight_, out, nullptr);
+  }
+
+  // Unique tokens that the ranks below `sources` send to `rank`.
+  int64_t tokens_received(int rank, int sources) const {
+    int64_t n = 0;
+    for (int s = 0; s < sources; ++s)
+      for (int64_t t = 0; t < routing_.num_tokens[s]; ++t)
+        n += routing_.goes_to(s, t, rank);
+    return n;
+  }
+
+  void move_in_pieces(deep_ep::Engine& engine, const int64_t* first_token, const deep_ep::DispatchOutputs& out) {
+    const deep_ep::DispatchParams& p = flight_->params;
+    deep_ep::Source source;
+    source.num_tokens = p.num_tokens;
+    source.num_slots = p.num_slots;
+    source.targets = p.targets;
+    source.rows = false;
+    source.topk_idx = p.topk_idx;
+    source.topk_weights = p.topk_weights;
+    source.first_token = first_token;
+    engine.dispatch_place(*flight_, source, nullptr);
+    source.rows = true;
+    source.small = false;
+    source.x_stride_bytes = p.x_stride_bytes;
+    for (int64_t first = 0; first < p.num_tokens; first += 5) {
+      source.num_tokens = std::min<int64_t>(5, p.num_tokens - first);
+      source.targets = p.targets + first * p.num_slots;
+      source.x = static_cast<const char*>(p.x) + first * p.x_stride_bytes;
+      engine.dispatch_place(*flight_, source, nullptr);
+    }
+    engine.dispatch_finish(*flight_, out, nullptr);
   }
 
   // Everything that came, against what its source must have sent.
