@@ -1,5 +1,5 @@
-"""The ``collective`` backend where something is wrong: refusals that every rank sees, peers that go, Ctrl-C. The refusals
-are those of ``hybrid`` too."""
+"""The ``collective`` backend where something is wrong: refusals that every rank sees (those of ``hybrid`` too), peers
+that go, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -204,8 +204,6 @@ def test_worst_case_too_small_on_one_rank(world):
 
 @pytest.mark.parametrize("long", [1, 5000])
 def test_fail_reaches_every_peer(world, long):
-    routing = world.routing
-
     def act(rank, backend, usual):
         if rank == 0:
             backend.fail("dispatch", "x: \u00e9 wrong " + "\u00e9" * long)

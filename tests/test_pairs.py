@@ -225,7 +225,7 @@ def test_a_thread_never_comes():
     run_threads(3, body)
 
 
-# What goes wrong, between processes ------------------------------------------------------------------------------------
+# What goes wrong, between processes ----------------------------------------------------------------------------------
 
 
 class Silent:
