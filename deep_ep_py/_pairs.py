@@ -202,6 +202,9 @@ class ThreadPairs:
         """Peers that have not come to this transfer."""
         return [peer for peer, (number, _) in shown.items() if (peer, self._rank, number) not in self._meeting.shown]
 
+    def failed(self, shown: dict[int, tuple[int, torch.Tensor]]) -> bool:
+        return self._failure is not None or any(peer in self._meeting.closed for peer in self.missing(shown))
+
     def finish(self, shown: dict[int, tuple[int, torch.Tensor]]) -> None:
         m = self._meeting
         self._wait(lambda: self.missing(shown))
@@ -251,7 +254,8 @@ class _ThreadTransfer:
         self._shown = shown
 
     def done(self) -> bool:
-        return not self._channel.missing(self._shown)
+        return self._channel.failed(self._shown) or not self._channel.missing(self._shown)
 
     def wait(self) -> None:
         self._channel.finish(self._shown)
+        self._shown = {}

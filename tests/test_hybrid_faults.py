@@ -130,7 +130,6 @@ def sends_nothing(plan):
     plan.targets[:] = -1
 
 
-@pytest.mark.xfail(strict=True, reason="nobody compares what a plan sends with what its peer's plan relays")
 @pytest.mark.parametrize("operation", ["cached dispatch", "combine"])
 @pytest.mark.parametrize(
     "damage", [more_relayed_than_there_are, fewer_relayed, sends_nothing], ids=lambda f: f.__name__
@@ -246,7 +245,6 @@ def differing_rates(rank_settings):
     run_threads(4, body)
 
 
-@pytest.mark.xfail(strict=True, reason="each rank cuts its rows by its own rate: sizes differ on the wire")
 def test_link_rates_that_differ():
     differing_rates((1e9, 1e-9, 1e-9, 0))
 
@@ -307,8 +305,8 @@ class Stop(Exception):
 @pytest.mark.parametrize("where", ["rail 1", "rail 3", "rail 4", "layout", "place", "arrive"])
 @pytest.mark.parametrize("background", [False, True], ids=["inline", "background"])
 def test_exception_in_the_middle(where, background):
-    """Raised in one rank after it has published: it raises what happened, all others that it is gone. Nobody closes before all
-    have raised: it is the error that tells the others."""
+    """Raised in one rank after it has published: it raises what happened, all others that it is gone. Nobody closes
+    before all have raised: it is the error that tells the others."""
     all_raised = threading.Barrier(4)
 
     def body(rank, backend):
@@ -346,7 +344,6 @@ def fail_in(backend, where):
         backend._domain.set_phase_hook(hook)
 
 
-@pytest.mark.xfail(strict=True, reason="what waits in the queue when the buffer closes is refused")
 def test_events_and_results_when_a_rank_closes_with_operations_in_flight():
     """``close`` waits for what this rank has begun; the results are complete."""
 
@@ -375,7 +372,6 @@ def test_events_and_results_when_a_rank_closes_with_operations_in_flight():
     all_ranks(Routing(4), body, domains=CROSSED)
 
 
-@pytest.mark.xfail(strict=True, reason="a combine's outputs are asked for before anybody looks whether it may begin")
 @pytest.mark.parametrize("kept", [1, 3])
 def test_large_results_after_the_end(kept):
     """Outputs that lie in the heap are not asked of a buffer that is closed, or that has failed."""

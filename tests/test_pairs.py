@@ -151,7 +151,6 @@ def with_channel(c, body):
         channel.start([torch.zeros(1)] * c.size, [torch.zeros(1)] * c.size)
 
 
-@pytest.mark.xfail(strict=True, reason="a transfer between threads is not done() once it has been waited for")
 def test_threads_done_after_the_wait():
     run_threads(2, with_channel, done_after_the_wait)
 

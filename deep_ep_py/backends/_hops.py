@@ -15,8 +15,11 @@ from ..plans import LAYOUTS, Plan, PlanLayout
 from ..types import DispatchSpec, ExpertPlacement
 from ._domains import Domains
 from ._pipeline import Pace
+from ._record import Record
 from ._routing import experts_of
 from .base import Domain
+
+_MOST_TOLD_DOMAINS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +75,35 @@ class Homeward:
         if not sound:
             raise EPArgumentError.of("handle", f"targets on ranks below {domains.num_ranks}", "a rank beyond them")
         return cls(home, [row[:n] for row, n in zip(tokens, counts.tolist(), strict=True)])
+
+
+def crossings(home: Homeward, plan: Plan) -> dict[str, list[int]]:
+    """What a rank tells of a plan: tokens that it sends to each domain, and that it relays from there. Nothing where
+    there are more domains than a record has room for: then a damaged plan is found by the transport, which is fatal.
+
+    Raises EPArgumentError: the plan is damaged."""
+    relayed = plan.relay_counts.tolist()
+    if min(relayed) < 0 or sum(relayed) != plan.num_relayed:
+        raise EPArgumentError.of("handle", f"counts of the {plan.num_relayed} tokens that are relayed", relayed)
+    if len(relayed) > _MOST_TOLD_DOMAINS:
+        return {"sent": [], "relayed": []}
+    return {"sent": [t.numel() for t in home.tokens], "relayed": relayed}
+
+
+def check_crossings(records: list[Record], domains: Domains, seq: int) -> None:
+    """Both ends of every way across count alike: sizes are not told on the wire. On every rank alike.
+
+    Raises EPArgumentError: a plan is damaged."""
+    if len(domains.members) > _MOST_TOLD_DOMAINS:
+        return
+    for d, members in enumerate(domains.members):
+        for index, rank in enumerate(members):
+            for e, others in enumerate(domains.members):
+                sent, relayed = records[rank].tell["sent"][e], records[others[index]].tell["relayed"][d]
+                if d != e and sent != relayed:
+                    pair = (rank, others[index])
+                    message = f"handle: rank {pair[0]} sends {sent} tokens of which rank {pair[1]} relays {relayed}"
+                    raise EPArgumentError(message, argument="handle", phase="notify", seq=seq, ranks=pair)
 
 
 @dataclass(slots=True, eq=False)

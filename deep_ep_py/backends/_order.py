@@ -54,10 +54,18 @@ class Order:
     def enter(self, phase: str) -> None:
         self.at = (self.at[0], phase, self.at[2])
 
-    def run(self, op: str, step: Callable[[], T], background: bool) -> T:
-        """Run a step after all earlier ones, and wait for it."""
+    def check(self) -> None:
+        """Raises EPError: nothing can be begun any more. What has been begun before :meth:`close` still runs."""
         if os.getpid() != self._pid:
             raise EPError(f"this buffer belongs to process {self._pid}, and this is its forked child: build one here")
+        if self._poison is not None:
+            raise copy.copy(self._poison)
+        if self._closed:
+            raise EPError("this buffer is closed: build a new one")
+
+    def run(self, op: str, step: Callable[[], T], background: bool) -> T:
+        """Run a step after all earlier ones, and wait for it."""
+        self.check()
         if not background:
             self._worker.drain()
             return self._guarded(step)
@@ -78,6 +86,7 @@ class Order:
             self.run(op, step, background=False)
             return
         assert isinstance(event, Completion)
+        self.check()
         inference = torch.is_inference_mode_enabled()
 
         def job() -> None:
@@ -120,8 +129,6 @@ class Order:
     def _guarded(self, step: Callable[[], T]) -> T:
         if self._poison is not None:
             raise copy.copy(self._poison)
-        if self._closed:
-            raise EPError("this buffer is closed: build a new one")
         try:
             with torch.no_grad():
                 return step()

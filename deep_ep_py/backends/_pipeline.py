@@ -30,21 +30,21 @@ class Pace:
     """What is known of the way across: how many bytes a second a rank can send, and so how large chunks should be.
 
     Attributes:
-        measured: by this rank, in its last large operation; 0: nothing yet.
+        measured: by this rank, in its last large operation, unless it was given; 0: nothing yet.
         agreed: the highest that any rank told at the last rendezvous, so that all ranks cut alike.
     """
 
     def __init__(self, given: float) -> None:
         """``given``: bytes a second of one rank; 0: to be measured."""
         self._given = given
-        self.measured = 0.0
+        self.measured = given
         self.agreed = 0.0
 
     def chunk_rows(self, row_bytes: int) -> int:
-        return chunk_rows(row_bytes, self._given or self.agreed)
+        return chunk_rows(row_bytes, self.agreed)
 
     def measure(self, num_bytes: int, seconds: float) -> None:
-        if num_bytes >= _LEAST_MEASURED_BYTES and seconds > 0:
+        if not self._given and num_bytes >= _LEAST_MEASURED_BYTES and seconds > 0:
             self.measured = num_bytes / seconds
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class Record:
     op: str
     seq: int
     agree: dict[str, int | str] = field(default_factory=dict)
-    tell: dict[str, int] = field(default_factory=dict)
+    tell: dict[str, Any] = field(default_factory=dict)
     failed: str = ""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from ._checks import check_combine, check_dispatch, combine_agrees_on, dispatch_
 from ._domains import Domains
 from ._hop_combine import Returning, combine
 from ._hop_dispatch import Begun, begin_along, begin_new, deliver
-from ._hops import Homeward, Ways
+from ._hops import Homeward, Ways, check_crossings, crossings
 from ._order import Order
 from ._pipeline import Pace
 from ._record import Record, meet, take_part
@@ -76,7 +77,7 @@ class HybridBackend:
 
     def _begin_dispatch(self, spec: DispatchSpec, previous: Sequence[CompletionEvent]) -> Begun:
         worst = -1 if spec.num_worst_tokens is None else spec.num_worst_tokens
-        tell = {"num_worst_tokens": worst, "num_tokens": spec.x.shape[0]}
+        tell: dict[str, Any] = {"num_worst_tokens": worst, "num_tokens": spec.x.shape[0]}
         op = "dispatch" if spec.plan is None else "cached dispatch"
         home: list[Homeward] = []
 
@@ -84,9 +85,11 @@ class HybridBackend:
             check_dispatch(spec)
             if spec.plan is not None:
                 home.append(self._homeward(spec.plan))
+                tell.update(crossings(home[0], spec.plan))
 
         records = self._meet(op, dispatch_agrees_on(spec), tell, check, previous)
         if spec.plan is not None:
+            check_crossings(records, self.domains, self._order.seq)
             return begin_along(self._ways, spec, spec.plan, home[0], self._order.seq)
         self._statistics.rendezvous_with_counts += 1
         return begin_new(self._ways, spec, records, self._gather, self._order.seq)
@@ -101,6 +104,7 @@ class HybridBackend:
         self, spec: CombineSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
     ) -> Flight:
         """Begin a combine: outputs only. Ranks meet in ``combine_send``, which raises what :meth:`prepare` would."""
+        self._order.check()
         result = self._domain.prepare_combine(spec).result  # not behind what is under way: nothing is waited for
         return Flight(result, Completion() if background else None, (spec, tuple(previous)))
 
@@ -115,15 +119,18 @@ class HybridBackend:
 
     def _combine(self, spec: CombineSpec, previous: Sequence[CompletionEvent], result: Combined) -> None:
         returning: list[Returning] = []
+        tell: dict[str, Any] = {}
 
         def check() -> None:
             check_combine(spec)
             summed = self._homeward(spec.plan)
             rows = summed if spec.reduce_per_domain else self._homeward(spec.plan, per_row=True)
             returning.append(Returning(summed, rows))
+            tell.update(crossings(summed, spec.plan))
 
         agree = combine_agrees_on(spec) | {"allow_multiple_reduction": int(spec.reduce_per_domain)}
-        self._meet("combine", agree, {}, check, previous)
+        records = self._meet("combine", agree, tell, check, previous)
+        check_crossings(records, self.domains, self._order.seq)
         combine(self._ways, spec, returning[0], result, self._order.enter)
 
     # The rest -------------------------------------------------------------------------------------------------------
@@ -178,12 +185,12 @@ class HybridBackend:
         self,
         op: str,
         agree: dict[str, int | str],
-        tell: dict[str, int],
+        tell: dict[str, Any],
         check: Callable[[], None],
         previous: Sequence[CompletionEvent],
     ) -> list[Record]:
-        told = tell | {"link": int(self._pace.measured)}
-        record = Record(op, self._order.begin(op), agree, told)
+        tell["link"] = int(self._pace.measured)
+        record = Record(op, self._order.begin(op), agree, tell)
         records = take_part(self._gather, self.rank, record, check, previous)
         self._pace.agreed = float(max(r.tell["link"] for r in records))
         self._statistics.operations += 1
