@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ._pairs import PairChannel
 from .backends._domains import Domains, group_by_domain
 from .backends.base import Backend
 from .backends.collective import CollectiveBackend
@@ -119,25 +120,37 @@ def _open_hybrid(c: Construction) -> Backend:
         raise _refuse("hybrid", "all ranks are in one domain")
     communicator = c.communicator
     domains = Domains.of_members(members, communicator.rank)
-    refusal, domain = "", None
+    # Subsets are counted: every rank makes the same ones, whatever fails.
+    inside, across = communicator.subset(domains.here), communicator.subset(domains.rail)
+    domain: ShmDomain | None = None
+    rail: PairChannel | None = None
+
+    def agree(what: str, refusal: str) -> None:
+        """What does not work for one rank is everybody's affair: the others must not go on without it."""
+        answers = communicator.exchange(refusal.encode(), timeout=c.settings.connect_timeout_seconds, what=what)
+        failed = {r: a.decode() for r, a in enumerate(answers) if a}
+        if failed:
+            for part in (domain, rail):
+                if part is not None:
+                    part.close()
+            raise _refuse("hybrid", f"{what}: {failed}")
+
     why = unavailable_because([c.hosts[r] for r in domains.here])
+    if not why:
+        try:
+            domain = ShmDomain(
+                inside, c.settings, epoch=c.epoch, heap_bytes=c.heap_bytes, num_cores=c.num_cores, names=domains.here
+            )
+            domain.join_world(domains.here, domains.num_ranks)
+        except EPBackendUnavailableError as e:
+            why = e.reasons.get("shm", str(e))
+    agree("shared memory inside a domain", why)
+    why = ""
     try:
-        if why:
-            raise _refuse("shm", why)
-        inner = communicator.subset(domains.here)
-        domain = ShmDomain(
-            inner, c.settings, epoch=c.epoch, heap_bytes=c.heap_bytes, num_cores=c.num_cores, names=domains.here
-        )
-        domain.join_world(domains.here, domains.num_ranks)
+        rail = across.open_pairs(timeout=c.settings.timeout_seconds)
     except EPBackendUnavailableError as e:
-        refusal = e.reasons.get("shm", str(e))
-    # A domain that does not work is everybody's affair: the others must not go on without it.
-    timeout = c.settings.connect_timeout_seconds
-    answers = communicator.exchange(refusal.encode(), timeout=timeout, what="domains")
-    failed = {r: a.decode() for r, a in enumerate(answers) if a}
-    if failed or domain is None:
-        if domain is not None:
-            domain.close()
-        raise _refuse("hybrid", f"shared memory does not work inside a domain: {failed}")
-    rail = communicator.subset(domains.rail).open_pairs(timeout=c.settings.timeout_seconds)
+        why = e.reasons.get("hybrid", str(e))
+    agree("connections across domains", why)
+    assert domain is not None
+    assert rail is not None
     return HybridBackend(domains, rail, domain, c.settings)

@@ -95,6 +95,9 @@ def init_from_env(backend: str | None = None, timeout_seconds: float = 600.0) ->
             return _mpi(env, rank, size)
     if found := [name for name in _TORCHRUN if name in env]:
         raise EPArgumentError.of("RANK", f"a rank, since {found[0]} is set, or neither", "no such variable")
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1") or 1) > 1:
+        remedy = "a launcher's variables beside it: srun --mpi=pmix (or pmi2) for MPI, or torchrun in each task"
+        raise EPArgumentError.of("SLURM_STEP_NUM_TASKS", remedy, env["SLURM_STEP_NUM_TASKS"])
     world = thread_world(1)[0]
     return Launched("single", world, None, 0, 1, 0, [world.close])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from .sizes import elastic_heap_bytes
 from .validate import whole
 
 #: Up to so many ranks, --json has every link.
+_LEAST_RATE = 1e-6  # below it times are no numbers any more
 MATRIX_RANKS = 64
 
 _SF_CHANNELS = 128  # that share one float32 scale factor, as elastic_heap_bytes has it
@@ -173,6 +175,10 @@ def run(options: argparse.Namespace) -> int:
     except (EPArgumentError, OSError) as e:
         print(f"plan: {e}", file=sys.stderr)  # noqa: T201
         return 2
+    except MemoryError:
+        ranks = f"{options.nodes} nodes of {options.ranks_per_node} ranks"
+        print(f"plan: {ranks} with {options.tokens} tokens each do not fit into memory", file=sys.stderr)  # noqa: T201
+        return 2
     print(json.dumps(plan.as_json()) if options.json else plan.as_text())  # noqa: T201
     return 0
 
@@ -186,9 +192,9 @@ def forecast(options: argparse.Namespace) -> Plan:
     for name in ("tokens", "hidden", "experts", "topk", "nodes", "groups"):
         whole(f"--{name}", getattr(options, name), 0 if name == "tokens" else 1)
     for name in ("link_gbps", "memory_gbps"):
-        if not getattr(options, name) > 0:
-            raise EPArgumentError.of(f"--{name.replace('_', '-')}", "a positive rate in Gbit/s", getattr(options, name))
-    if not options.link_latency_us >= 0:
+        if not _LEAST_RATE <= getattr(options, name) < math.inf:
+            raise EPArgumentError.of(f"--{name.replace('_', '-')}", "a positive rate", getattr(options, name))
+    if not 0 <= options.link_latency_us < math.inf:
         raise EPArgumentError.of("--link-latency-us", "0 or more", options.link_latency_us)
     whole("--seed", options.seed, 0)
     cluster = Cluster(_nodes(options), options.link_gbps, options.memory_gbps, options.link_latency_us)

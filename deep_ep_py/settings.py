@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -45,7 +46,7 @@ class Settings:
         for name in ("timeout_seconds", "connect_timeout_seconds"):
             if not getattr(self, name) > 0:
                 raise EPArgumentError.of(f"Settings.{name}", "a positive number of seconds", getattr(self, name))
-        if not self.link_gbps >= 0:
+        if not 0 <= self.link_gbps < math.inf:
             raise EPArgumentError.of("Settings.link_gbps", "a rate in Gbit/s, 0 to measure it", self.link_gbps)
         for name in ("max_heap_bytes", "heap_bytes", "num_threads"):
             if getattr(self, name) < 0:

@@ -96,14 +96,20 @@ def check_crossings(records: list[Record], domains: Domains, seq: int) -> None:
     Raises EPArgumentError: a plan is damaged."""
     if len(domains.members) > _MOST_TOLD_DOMAINS:
         return
-    for d, members in enumerate(domains.members):
-        for index, rank in enumerate(members):
-            for e, others in enumerate(domains.members):
-                sent, relayed = records[rank].tell["sent"][e], records[others[index]].tell["relayed"][d]
-                if d != e and sent != relayed:
-                    pair = (rank, others[index])
-                    message = f"handle: rank {pair[0]} sends {sent} tokens of which rank {pair[1]} relays {relayed}"
-                    raise EPArgumentError(message, argument="handle", phase="notify", seq=seq, ranks=pair)
+    members = torch.tensor(domains.members, dtype=torch.int64, device="cpu")
+    sent, relayed = (
+        torch.tensor([r.tell[name] for r in records], dtype=torch.int64, device="cpu")[members]
+        for name in ("sent", "relayed")
+    )
+    differs = sent != relayed.permute(2, 1, 0)  # [from domain, index, to domain]
+    differs.diagonal(dim1=0, dim2=2).fill_(False)
+    if not differs.any():
+        return
+    d, index, e = differs.nonzero()[0].tolist()
+    pair = (domains.members[d][index], domains.members[e][index])
+    n, m = int(sent[d, index, e]), int(relayed[e, index, d])
+    message = f"handle: rank {pair[0]} sends {n} tokens, of which rank {pair[1]} relays {m}"
+    raise EPArgumentError(message, argument="handle", phase="notify", seq=seq, ranks=pair)
 
 
 @dataclass(slots=True, eq=False)

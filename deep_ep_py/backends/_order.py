@@ -105,15 +105,19 @@ class Order:
         if self._poison is None and not self._closed:
             self.poison_by(EPError(why))
 
-    def close(self) -> bool:
-        """Wait for this rank's own operations in flight; peers are not waited for. False: nothing is left to close."""
+    def close(self, release: Callable[[], None]) -> None:
+        """Wait for this rank's own operations in flight, then ``release``; peers are not waited for. Idempotent."""
         if self._closed:
-            return False
+            return
         self._closed = True
         if os.getpid() != self._pid:
-            return False  # a forked child has neither the worker nor the connections
+            return  # a forked child has neither the worker nor the connections
+        if self._worker.is_this_thread():
+            # A buffer in a reference cycle is collected wherever Python runs, its own operation's thread included.
+            self._worker.submit(release)
+            return
         self._worker.join()
-        return True
+        release()
 
     def poison_by(self, e: BaseException) -> None:
         op, phase, seq = self.at

@@ -59,7 +59,7 @@ def combine_rows(
         for k in range(column + 1):
             _add(partial, rows, position[tokens, k], (ranks[:, k] == ranks[:, column])[tokens])
         acc.index_add_(0, tokens, partial.to(out.dtype).to(acc_dtype))
-    out.copy_(acc)
+    out.copy_(acc.masked_fill_(acc.isnan(), float("nan")))  # one NaN, whatever bits the additions made
 
 
 def combine_weights(out: torch.Tensor, weights: torch.Tensor, plan: Plan, position: torch.Tensor) -> None:

@@ -52,9 +52,12 @@ class Worker:
                 self._thread.start()
             self._changed.notify_all()
 
+    def is_this_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
     def drain(self) -> None:
         """Wait until every job is done. From a job itself: nothing to wait for."""
-        if threading.current_thread() is self._thread:
+        if self.is_this_thread():
             return
         with self._changed:
             while self._jobs or self._busy:

@@ -160,8 +160,7 @@ class CollectiveBackend:
 
     def close(self) -> None:
         """Wait for this rank's own operations in flight, then leave; peers are not waited for."""
-        if self._order.close():
-            self._channel.close()
+        self._order.close(self._channel.close)
 
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
         return all_gather(self._channel, self.num_ranks, own)

@@ -160,8 +160,10 @@ class HybridBackend:
 
     def close(self) -> None:
         """Wait for this rank's own operations in flight, then leave; peers are not waited for."""
-        if self._order.close():
-            self._rail.close()
+        self._order.close(self._release)
+
+    def _release(self) -> None:
+        self._rail.close()
         self._domain.close()
 
     def _tell_peers(self, error: EPError) -> None:
