@@ -176,7 +176,8 @@ def _later(report: Report) -> None:
     count = max(torch.cuda.device_count(), len(devices))
     text = f"{count} present, not used: this version moves rows between CPUs only" if count else "none found"
     report.add("not there yet", "GPUs", "info", text)
-    report.add("not there yet", "NCCL, MPI", "info", "pass group=, a torch process group (gloo will do), on one host")
+    text = "rows between hosts travel from CPU memory, over gloo or MPI; docs/multi-node.md"
+    report.add("not there yet", "NCCL with device tensors", "info", text)
 
 
 # --- trials -------------------------------------------------------------------------------------------------------

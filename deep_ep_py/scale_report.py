@@ -125,6 +125,8 @@ class Plan:
             f"  rows          {width} bytes out, {load.combined_row_bytes} back, one for {one_for}",
             f"  received      rows: {_spread(rows, str)}; the largest output {_size(int(rows.max()) * width)}",
             f"  heap          {_size(self.heap_bytes)} a rank hold any routing (get_buffer_size_hint)",
+            f"  assumed       --link-gbps {self.cluster.link_gbps:g} a node, --memory-gbps {self.cluster.memory_gbps:g} a"
+            f" rank, --link-latency-us {self.cluster.link_latency_us:g}",
         ]
         for f in self.forecasts:
             source, destination, num_bytes = f.largest_link()
