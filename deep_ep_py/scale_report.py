@@ -118,6 +118,8 @@ class Plan:
         each = f"{nodes[0]}" if len(set(nodes)) == 1 else "+".join(map(str, nodes))
         width = load.row_bytes + load.sf_bytes
         one_for = "each slot" if load.expand else "each token and rank"
+        link, memory, latency = self.cluster.link_gbps, self.cluster.memory_gbps, self.cluster.link_latency_us
+        assumed = f"--link-gbps {link:g} a node, --memory-gbps {memory:g} a rank, --link-latency-us {latency:g}"
         lines = [
             f"deep_ep_py plan: {len(nodes)} node{'s' * (len(nodes) > 1)} of {each} ranks, backend {self.backend}",
             "",
@@ -125,8 +127,7 @@ class Plan:
             f"  rows          {width} bytes out, {load.combined_row_bytes} back, one for {one_for}",
             f"  received      rows: {_spread(rows, str)}; the largest output {_size(int(rows.max()) * width)}",
             f"  heap          {_size(self.heap_bytes)} a rank hold any routing (get_buffer_size_hint)",
-            f"  assumed       --link-gbps {self.cluster.link_gbps:g} a node, --memory-gbps {self.cluster.memory_gbps:g} a"
-            f" rank, --link-latency-us {self.cluster.link_latency_us:g}",
+            f"  assumed       {assumed}",
         ]
         for f in self.forecasts:
             source, destination, num_bytes = f.largest_link()
