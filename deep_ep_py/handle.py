@@ -184,6 +184,8 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int) -> Plan:
         if plan.num_ranks != num_ranks or plan.rank != rank or plan.layout != "rank":
             made = f"rank {plan.rank} of {plan.num_ranks}"
             raise EPArgumentError.of("handle", f"one made by rank {rank} of {num_ranks}", f"one made by {made}")
+        if not torch.is_tensor(handle[7]) or handle[7].shape != (plan.num_output_rows,):
+            raise EPArgumentError.of("handle (recv_src_meta)", f"{plan.num_output_rows} entries", "another shape")
         return plan
     if not isinstance(handle, tuple | list) or len(handle) != 6 or not all(torch.is_tensor(t) for t in handle):
         raise EPArgumentError.of("handle", "the tuple that dispatch returned", f"{type(handle).__name__}")

@@ -70,7 +70,7 @@ def test_wrong_shapes_dtypes_and_values(backend):
     threads(ROUTING, body, backend=backend)
 
 
-HEADER = 13  # words before the counts; csrc/protocol/packed_plan.hpp
+HEADER = 16  # words before the counts; csrc/protocol/packed_plan.hpp
 
 
 @pytest.mark.parametrize("expand", [False, True], ids=["compact", "expanded"])

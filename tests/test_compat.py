@@ -254,7 +254,7 @@ def test_run_as_deep_ep_under_torchrun(tmp_path):
         "buffer = deep_ep.ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=4)\n"
         "x, topk_idx = torch.ones(2, 8), torch.tensor([[0], [1]])\n"
         "recv_x, _, _, handle, _ = buffer.dispatch(x, topk_idx, num_experts=2)\n"
-        "print('rows', recv_x.shape[0], sys.argv[1:])\n"
+        "sys.stdout.write(f'rows {recv_x.shape[0]} {sys.argv[1:]}\\n')\n"  # one write: ranks share the pipe
         "dist.destroy_process_group()\n"
     )
     done = python(

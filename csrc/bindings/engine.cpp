@@ -73,7 +73,7 @@ void bind_engine(py::module_& m) {
            }),
            py::kw_only(), py::arg("epoch"), py::arg("rank"), py::arg("num_ranks"), py::arg("timeout_seconds"),
            py::arg("spin_microseconds"), py::arg("max_heap_bytes"), py::arg("heap_bytes"), py::arg("num_threads"),
-           py::arg("names"))
+           py::arg("names") = std::vector<int>())
       .def("endpoint",
            [](PyEngine& self) {
              const SegmentAddress a = self.get().endpoint();

@@ -202,7 +202,7 @@ void Engine::deliver(DispatchFlight& flight, const DispatchOutputs& out) {
                 static_cast<size_t>(expand ? rows : rows * p.num_topk) * p.weight_bytes);
   if (out.recv_topk_idx && expand) describe_rows(flight, out);
   if (out.recv_topk_idx && !expand) {
-    std::memcpy(out.recv_topk_idx, scratch + at.topk, static_cast<size_t>(tokens * p.num_topk) * 8);
+    if (scratch) std::memcpy(out.recv_topk_idx, scratch + at.topk, static_cast<size_t>(tokens * p.num_topk) * 8);
     std::fill(out.recv_topk_idx + tokens * p.num_topk, out.recv_topk_idx + flight.num_output_rows * p.num_topk,
               int64_t{-1});
   }
