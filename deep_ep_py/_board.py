@@ -37,7 +37,7 @@ class Board:
         return self._found
 
     def ask(self, marks: Sequence[str], seconds: float) -> set[str] | None:
-        """Wait so long until all ``marks`` are there; those that are, or None where the store does not answer."""
+        """Those of ``marks`` that are there after ``seconds``, or as soon as all are; None: the store does not answer."""
         answered = threading.Event()
 
         def watch() -> None:
@@ -46,6 +46,8 @@ class Board:
                 time.sleep(0.02)
             answered.set()
 
+        if self._asking is not None:
+            self._asking.join(seconds)  # a look that is under way answers soon, unless the store is silent
         if self._is_asking():
             return None
         self._asking = self._talk(watch)

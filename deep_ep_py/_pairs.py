@@ -186,9 +186,8 @@ class ThreadPairs:
         if self._failure is not None:
             raise self._failure()
         m = self._meeting
-        shown: dict[
-            int, tuple[int, torch.Tensor]
-        ] = {}  # peer -> number of the transfer between the two, where its rows go
+        # By peer: the number of the transfer between the two, and where its rows go.
+        shown: dict[int, tuple[int, torch.Tensor]] = {}
         with m.changed:
             for peer, (target, source) in enumerate(zip(outputs, inputs, strict=True)):
                 if peer != self._rank and (target.numel() or source.numel()):
