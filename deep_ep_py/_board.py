@@ -37,7 +37,7 @@ class Board:
         return self._found
 
     def ask(self, marks: Sequence[str], seconds: float) -> set[str] | None:
-        """Those of ``marks`` that are there after ``seconds``, or as soon as all are; None: the store does not answer."""
+        """Those of ``marks`` that are there after ``seconds``, or once all are; None: the store does not answer."""
         answered = threading.Event()
 
         def watch() -> None:
