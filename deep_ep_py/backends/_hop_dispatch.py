@@ -10,7 +10,7 @@ import torch
 from .._pairs import Transfer
 from ..layout import dispatch_layout
 from ..plans import Plan
-from ..types import DispatchSpec
+from ..types import Dispatched, DispatchSpec
 from ._checks import check_worst_case
 from ._hops import Chunks, FirstRows, Headers, Homeward, Ways, exchange_headers, route
 from ._pipeline import SLICE_BYTES, run
@@ -24,7 +24,7 @@ class Begun:
     """A dispatch whose routing is settled.
 
     Attributes:
-        inner: of the domain; ``inner.result`` are the outputs.
+        inner: of the domain; ``result``: its outputs.
         sent: by domain, this rank's tokens that go there. received: by domain, tokens that this rank relays from there.
         own, relayed: where this rank's tokens and each domain's go inside this rank's domain.
     """
@@ -36,6 +36,11 @@ class Begun:
     received: list[int]
     own: Relayed
     relayed: list[Relayed]
+
+    @property
+    def result(self) -> Dispatched:
+        found: Dispatched = self.inner.result
+        return found
 
 
 def begin_along(ways: Ways, spec: DispatchSpec, plan: Plan, home: Homeward, seq: int) -> Begun:

@@ -7,30 +7,28 @@ names and adds them (:mod:`._recipe`). Memory is ordinary memory on the CPU.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from .._rows import RowChannel
 from ..communicator import Communicator
+from ..errors import EPError
 from ..event import CompletionEvent
 from ..layout import target_rows
 from ..settings import Settings
-from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
+from ..types import Combined, CombineSpec, DispatchSpec
 from ._checks import check_combine, check_dispatch, check_worst_case, combine_agrees_on, dispatch_agrees_on
 from ._deliver import Delivery, allocate
-from ._order import Order
+from ._ordered import OrderedBackend
 from ._recipe import combine_rows, combine_weights, positions
-from ._record import Record, all_gather, meet, take_part
+from ._record import all_gather
 from ._routing import build_plan, own_counts, tokens_in_ranks
-from ._worker import Completion
-from .base import Flight, Statistics
 
 __all__ = ["CollectiveBackend"]
 
 
-class CollectiveBackend:
+class CollectiveBackend(OrderedBackend):
     """One rank's end. Construction is collective: it opens a row channel of its own.
 
     Raises:
@@ -41,34 +39,9 @@ class CollectiveBackend:
     name = "collective"
 
     def __init__(self, communicator: Communicator, settings: Settings) -> None:
-        self.rank = communicator.rank
-        self.num_ranks = communicator.size
+        super().__init__(communicator.rank, communicator.size)
         communicator.exchange(b"", timeout=settings.connect_timeout_seconds, what="backend collective")
         self._channel: RowChannel = communicator.open_rows(timeout=settings.timeout_seconds)
-        self._order = Order(f"deep_ep_py-collective-{self.rank}", self.rank, lambda _: self._channel.close())
-        self._statistics = Statistics()
-
-    # Dispatch -------------------------------------------------------------------------------------------------------
-
-    def prepare(
-        self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
-    ) -> Flight:
-        """Begin a dispatch; see :class:`.base.Backend`. Blocks for the rendezvous, in the background too.
-
-        Raises:
-            EPArgumentError, EPMismatchError: on every rank; nothing has moved and the buffer stays usable.
-            EPTimeoutError, EPPeerError: ranks did not come or are gone; the buffer is poisoned.
-        """
-        begun = self._order.run("dispatch", lambda: self._begin_dispatch(spec, previous), background)
-        return Flight(begun.result, Completion() if background else None, begun)
-
-    def dispatch_send(self, flight: Flight) -> None:
-        delivery, flight.state = flight.state, None
-        self._order.start("dispatch", lambda: self._deliver(delivery), flight.event)
-
-    def dispatch_recv(self, flight: Flight) -> Dispatched:
-        result: Dispatched = flight.result
-        return result
 
     def _begin_dispatch(self, spec: DispatchSpec, previous: Sequence[CompletionEvent]) -> Delivery:
         agree = dispatch_agrees_on(spec)
@@ -92,26 +65,14 @@ class CollectiveBackend:
 
     # Combine --------------------------------------------------------------------------------------------------------
 
-    def prepare_combine(
-        self, spec: CombineSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
-    ) -> Flight:
-        """Begin a combine: outputs only. Ranks meet in ``combine_send``, which raises what :meth:`prepare` would."""
+    def _outputs(self, spec: CombineSpec) -> Combined:
         num_tokens, num_columns = spec.plan.num_tokens, spec.plan.num_slots
         combined_x = torch.empty((num_tokens, spec.y.shape[-1]), dtype=spec.y.dtype, device="cpu")
         weights = None
         if spec.weights is not None:
             num_topk = num_columns if spec.plan.layout == "expand" else spec.weights.shape[-1]
             weights = torch.empty((num_tokens, num_topk), dtype=spec.weights.dtype, device="cpu")
-        return Flight(Combined(combined_x, weights), Completion() if background else None, (spec, tuple(previous)))
-
-    def combine_send(self, flight: Flight) -> None:
-        (spec, previous), flight.state = flight.state, None
-        result = flight.result
-        self._order.start("combine", lambda: self._combine(spec, previous, result), flight.event)
-
-    def combine_recv(self, flight: Flight) -> Combined:
-        result: Combined = flight.result
-        return result
+        return Combined(combined_x, weights)
 
     def _combine(self, spec: CombineSpec, previous: Sequence[CompletionEvent], result: Combined) -> None:
         self._meet("combine", combine_agrees_on(spec), {}, lambda: check_combine(spec), previous)
@@ -139,41 +100,14 @@ class CollectiveBackend:
 
     # The rest -------------------------------------------------------------------------------------------------------
 
-    def barrier(self) -> None:
-        self._order.run("barrier", lambda: self._meet("barrier", {}, {}), background=False)
-
-    def fail(self, op: str, message: str) -> None:
-        def announce() -> None:
-            meet(self._gather, Record(op, self._order.begin(op), failed=message))
-
-        self._order.run(op, announce, background=False)
-
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-
-    def statistics(self) -> Statistics:
-        return copy.deepcopy(self._statistics)
-
-    def abort(self, flight: Flight) -> None:  # noqa: ARG002
-        """See :class:`.base.Backend`."""
-        self._order.give_up("a dispatch was begun and then given up")
-
-    def close(self) -> None:
-        """Wait for this rank's own operations in flight, then leave; peers are not waited for."""
-        self._order.close(self._channel.close)
 
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
         return all_gather(self._channel, self.num_ranks, own)
 
-    def _meet(
-        self,
-        op: str,
-        agree: dict[str, int | str],
-        tell: dict[str, int],
-        check: Callable[[], None] = lambda: None,
-        previous: Sequence[CompletionEvent] = (),
-    ) -> list[Record]:
-        record = Record(op, self._order.begin(op), agree, tell)
-        records = take_part(self._gather, self.rank, record, check, previous)
-        self._statistics.operations += 1
-        return records
+    def _tell_peers(self, error: EPError) -> None:  # noqa: ARG002
+        self._channel.close()
+
+    def _release(self) -> None:
+        self._channel.close()

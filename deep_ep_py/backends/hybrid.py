@@ -8,7 +8,6 @@ ids go ahead of the rows, so that every row's final place is known when it arriv
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,20 +18,19 @@ from ..errors import EPArgumentError, EPError
 from ..event import CompletionEvent
 from ..plans import Plan
 from ..settings import Settings
-from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
+from ..types import Combined, CombineSpec, DispatchSpec
 from ._checks import check_combine, check_dispatch, combine_agrees_on, dispatch_agrees_on
 from ._domains import Domains
 from ._hop_combine import Returning, combine
 from ._hop_dispatch import Begun, begin_along, begin_new, deliver
 from ._hops import Homeward, Ways, check_crossings, crossings
-from ._order import Order
+from ._ordered import OrderedBackend
 from ._pipeline import Pace
-from ._record import Record, meet, take_part
-from ._worker import Completion
-from .base import Domain, Flight, Statistics
+from ._record import Record
+from .base import Domain, Statistics
 
 
-class HybridBackend:
+class HybridBackend(OrderedBackend):
     """One rank's end. Construction is local: the channel is open, and the domain too.
 
     Args:
@@ -42,38 +40,13 @@ class HybridBackend:
     name = "hybrid"
 
     def __init__(self, domains: Domains, rail: PairChannel, domain: Domain, settings: Settings) -> None:
-        self.rank = domains.rank
-        self.num_ranks = domains.num_ranks
+        super().__init__(domains.rank, domains.num_ranks)
         self.domains = domains
         self._rail = rail
         self._domain = domain
-        self._order = Order(f"deep_ep_py-hybrid-{self.rank}", self.rank, self._tell_peers)
-        self._statistics = Statistics()
         # A host's link is shared by its ranks.
         self._pace = Pace(settings.link_gbps * 1e9 / 8 / len(domains.here))
         self._ways = Ways(domains, rail, domain, self._pace)
-
-    # Dispatch -------------------------------------------------------------------------------------------------------
-
-    def prepare(
-        self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
-    ) -> Flight:
-        """Begin a dispatch; see :class:`.base.Backend`. Blocks until the routing is known everywhere.
-
-        Raises:
-            EPArgumentError, EPMismatchError: on every rank; nothing has moved and the buffer stays usable.
-            EPTimeoutError, EPPeerError: ranks did not come or are gone; the buffer is poisoned.
-        """
-        begun = self._order.run("dispatch", lambda: self._begin_dispatch(spec, previous), background)
-        return Flight(begun.inner.result, Completion() if background else None, begun)
-
-    def dispatch_send(self, flight: Flight) -> None:
-        begun, flight.state = flight.state, None
-        self._order.start("dispatch", lambda: self._deliver(begun), flight.event)
-
-    def dispatch_recv(self, flight: Flight) -> Dispatched:
-        result: Dispatched = flight.result
-        return result
 
     def _begin_dispatch(self, spec: DispatchSpec, previous: Sequence[CompletionEvent]) -> Begun:
         worst = -1 if spec.num_worst_tokens is None else spec.num_worst_tokens
@@ -98,23 +71,8 @@ class HybridBackend:
         self._order.at = ("dispatch", "place", begun.seq)
         deliver(self._ways, begun, self._order.enter)
 
-    # Combine --------------------------------------------------------------------------------------------------------
-
-    def prepare_combine(
-        self, spec: CombineSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
-    ) -> Flight:
-        """Begin a combine: outputs only. Ranks meet in ``combine_send``, which raises what :meth:`prepare` would."""
-        self._order.check()
-        result = self._domain.prepare_combine(spec).result  # not behind what is under way: nothing is waited for
-        return Flight(result, Completion() if background else None, (spec, tuple(previous)))
-
-    def combine_send(self, flight: Flight) -> None:
-        (spec, previous), flight.state = flight.state, None
-        result = flight.result
-        self._order.start("combine", lambda: self._combine(spec, previous, result), flight.event)
-
-    def combine_recv(self, flight: Flight) -> Combined:
-        result: Combined = flight.result
+    def _outputs(self, spec: CombineSpec) -> Combined:
+        result: Combined = self._domain.prepare_combine(spec).result
         return result
 
     def _combine(self, spec: CombineSpec, previous: Sequence[CompletionEvent], result: Combined) -> None:
@@ -133,34 +91,15 @@ class HybridBackend:
         check_crossings(records, self.domains, self._order.seq)
         combine(self._ways, spec, returning[0], result, self._order.enter)
 
-    # The rest -------------------------------------------------------------------------------------------------------
-
-    def abort(self, flight: Flight) -> None:  # noqa: ARG002
-        """See :class:`.base.Backend`."""
-        self._order.give_up("a dispatch was begun and then given up")
-
-    def barrier(self) -> None:
-        self._order.run("barrier", lambda: self._meet("barrier", {}, {}, lambda: None, ()), background=False)
-
-    def fail(self, op: str, message: str) -> None:
-        def announce() -> None:
-            meet(self._gather, Record(op, self._order.begin(op), failed=message))
-
-        self._order.run(op, announce, background=False)
-
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self._domain.empty(shape, dtype)
 
     def statistics(self) -> Statistics:
-        inside, found = self._domain.statistics(), copy.deepcopy(self._statistics)
+        inside, found = self._domain.statistics(), super().statistics()
         for name in ("heap_bytes", "held_bytes", "segments", "moved_to_ordinary_memory", "copied_combine_inputs"):
             setattr(found, name, getattr(inside, name))
         found.wait_seconds = {r: s for r, s in zip(self.domains.rail, self._rail.waited, strict=True) if r != self.rank}
         return found
-
-    def close(self) -> None:
-        """Wait for this rank's own operations in flight, then leave; peers are not waited for."""
-        self._order.close(self._release)
 
     def _release(self) -> None:
         self._rail.close()
@@ -188,12 +127,10 @@ class HybridBackend:
         op: str,
         agree: dict[str, int | str],
         tell: dict[str, Any],
-        check: Callable[[], None],
-        previous: Sequence[CompletionEvent],
+        check: Callable[[], None] = lambda: None,
+        previous: Sequence[CompletionEvent] = (),
     ) -> list[Record]:
         tell["link"] = int(self._pace.measured)
-        record = Record(op, self._order.begin(op), agree, tell)
-        records = take_part(self._gather, self.rank, record, check, previous)
+        records = super()._meet(op, agree, tell, check, previous)
         self._pace.agreed = float(max(r.tell["link"] for r in records))
-        self._statistics.operations += 1
         return records

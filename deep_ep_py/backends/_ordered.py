@@ -1,0 +1,129 @@
+"""What backends written in Python share: an operation takes its place in the order, then runs there or behind others."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import EPError
+from ..event import CompletionEvent
+from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
+from ._order import Order
+from ._record import Record, meet, take_part
+from ._worker import Completion
+from .base import Flight, Statistics
+
+
+class OrderedBackend(ABC):
+    """See :class:`.base.Backend`. A backend says how a dispatch begins and ends, and how a combine runs."""
+
+    name: str
+
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self._order = Order(f"deep_ep_py-{self.name}-{rank}", rank, self._tell_peers)
+        self._statistics = Statistics()
+
+    @abstractmethod
+    def _begin_dispatch(self, spec: DispatchSpec, previous: Sequence[CompletionEvent]) -> Any:
+        """Meet, and settle where rows go; has ``result``, the outputs."""
+
+    @abstractmethod
+    def _deliver(self, begun: Any) -> None:
+        """Move the rows of a dispatch that was begun."""
+
+    @abstractmethod
+    def _outputs(self, spec: CombineSpec) -> Combined:
+        """Tensors for a combine's results."""
+
+    @abstractmethod
+    def _combine(self, spec: CombineSpec, previous: Sequence[CompletionEvent], result: Combined) -> None:
+        """Meet, and fill ``result``."""
+
+    @abstractmethod
+    def _gather(self, own: torch.Tensor) -> torch.Tensor:
+        """Everyone's ``own`` [n], as [R, n] by rank."""
+
+    @abstractmethod
+    def _tell_peers(self, error: EPError) -> None:
+        """This rank goes on no more: peers shall not wait for it."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Give back channels and memory."""
+
+    def prepare(
+        self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
+    ) -> Flight:
+        """Begin a dispatch; see :class:`.base.Backend`. Blocks for the rendezvous, in the background too.
+
+        Raises:
+            EPArgumentError, EPMismatchError: on every rank; nothing has moved and the buffer stays usable.
+            EPTimeoutError, EPPeerError: ranks did not come or are gone; the buffer is poisoned.
+        """
+        begun = self._order.run("dispatch", lambda: self._begin_dispatch(spec, previous), background)
+        return Flight(begun.result, Completion() if background else None, begun)
+
+    def dispatch_send(self, flight: Flight) -> None:
+        begun, flight.state = flight.state, None
+        self._order.start("dispatch", lambda: self._deliver(begun), flight.event)
+
+    def dispatch_recv(self, flight: Flight) -> Dispatched:
+        result: Dispatched = flight.result
+        return result
+
+    def prepare_combine(
+        self, spec: CombineSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
+    ) -> Flight:
+        """Begin a combine: outputs only, behind nothing that is under way. Ranks meet in ``combine_send``, which raises
+        what :meth:`prepare` would."""
+        self._order.check()
+        return Flight(self._outputs(spec), Completion() if background else None, (spec, tuple(previous)))
+
+    def combine_send(self, flight: Flight) -> None:
+        (spec, previous), flight.state = flight.state, None
+        result = flight.result
+        self._order.start("combine", lambda: self._combine(spec, previous, result), flight.event)
+
+    def combine_recv(self, flight: Flight) -> Combined:
+        result: Combined = flight.result
+        return result
+
+    def abort(self, flight: Flight) -> None:  # noqa: ARG002
+        """See :class:`.base.Backend`."""
+        self._order.give_up("a dispatch was begun and then given up")
+
+    def barrier(self) -> None:
+        self._order.run("barrier", lambda: self._meet("barrier", {}, {}), background=False)
+
+    def fail(self, op: str, message: str) -> None:
+        def announce() -> None:
+            meet(self._gather, Record(op, self._order.begin(op), failed=message))
+
+        self._order.run(op, announce, background=False)
+
+    def statistics(self) -> Statistics:
+        return copy.deepcopy(self._statistics)
+
+    def close(self) -> None:
+        """Wait for this rank's own operations in flight, then leave; peers are not waited for."""
+        self._order.close(self._release)
+
+    def _meet(
+        self,
+        op: str,
+        agree: dict[str, int | str],
+        tell: dict[str, Any],
+        check: Callable[[], None] = lambda: None,
+        previous: Sequence[CompletionEvent] = (),
+    ) -> list[Record]:
+        """Take the operation's place in the order; everyone's records."""
+        record = Record(op, self._order.begin(op), agree, tell)
+        records = take_part(self._gather, self.rank, record, check, previous)
+        self._statistics.operations += 1
+        return records
