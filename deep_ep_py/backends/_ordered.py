@@ -1,4 +1,4 @@
-"""What backends written in Python share: an operation takes its place in the order, then runs there or behind others."""
+"""What backends written in Python share: an operation takes its place in the order, and runs there or behind others."""
 
 from __future__ import annotations
 
