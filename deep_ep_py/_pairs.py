@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from ._board import Board
-from ._rows import ExitWatch, as_bytes, first_line, pauses, peer_error, prefixed, timeout_error
+from ._rows import ExitWatch, as_bytes, first_line, pauses, peer_error, prefixed, says_timeout, timeout_error
 from .errors import EPPeerError, EPTimeoutError
 
 Failure = Callable[[], EPPeerError | EPTimeoutError]
@@ -126,7 +126,7 @@ class TorchPairs:
         lost = {peer: why for peer, work in transfer.works.items() if (why := _why_failed(work))}
         if lost:
             names, why = [self._names[peer] for peer in lost], next(iter(lost.values()))
-            if "timed out" in why.lower():
+            if says_timeout(why):
                 self._fail(partial(timeout_error, names, self._timeout))
             self._fail(partial(peer_error, names, first_line(RuntimeError(why))))
         self._under_way.remove(transfer)

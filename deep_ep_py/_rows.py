@@ -222,7 +222,7 @@ class TorchRows:
                 reason += "; the store that could name the ranks does not answer: its host is gone or cut off"
             else:
                 missing = [r for r, mark in enumerate(marks) if mark not in found]
-        if "timed out" in reason.lower() or "timeout" in reason.lower():
+        if says_timeout(reason):
             return partial(timeout_error, missing, self._timeout, reason)
         return partial(peer_error, missing, reason)
 
@@ -265,6 +265,13 @@ def first_line(e: BaseException) -> str:
     """What a transport's error says, without its source position and advice."""
     line = (str(e).splitlines() or [type(e).__name__])[0]
     return re.sub(r"^\[[^\]]*\] ", "", line).split(". ")[0]
+
+
+def says_timeout(reason: str) -> bool:
+    """Whether a transport gave up at its deadline. Gloo says ``Timed out waiting``; of another operation that was under
+    way with the same peer it says ``Application timeout caused pair closure``.
+    """
+    return "timed out" in reason.lower() or "timeout" in reason.lower()
 
 
 class ExitWatch:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deep_ep_py._pairs import TorchPairs, gather
+from deep_ep_py._pairs import TorchPairs, _TorchTransfer, gather
 from deep_ep_py.communicator import communicator_of
 from deep_ep_py.errors import EPPeerError, EPTimeoutError
 from deep_ep_py.testing import run_processes, run_threads
@@ -222,6 +222,35 @@ def test_a_thread_never_comes():
             exchange(c, channel)
 
     run_threads(3, body)
+
+
+class Failed:
+    """A gloo operation that has ended with an error, as gloo words it."""
+
+    def __init__(self, why):
+        self.why = why
+
+    def is_completed(self):
+        return True
+
+    def wait(self):
+        raise RuntimeError(f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:1] {self.why}")
+
+
+@pytest.mark.parametrize(
+    ("why", "error"),
+    [
+        ("Timed out waiting 1500ms for recv operation to complete", EPTimeoutError),
+        ("Application timeout caused pair closure", EPTimeoutError),  # of another operation with the same peer
+        ("Connection closed by peer [127.0.0.1]:1", EPPeerError),
+        ("Read error [127.0.0.1]:1: Connection reset by peer", EPPeerError),
+    ],
+)
+def test_what_gloo_says(why, error):
+    channel = TorchPairs(dist.HashStore(), 0, [7], 1.5)
+    with pytest.raises(error) as caught:
+        _TorchTransfer(channel, {0: Failed(why)}).wait()
+    assert caught.value.ranks == (7,)
 
 
 # What goes wrong, between processes ----------------------------------------------------------------------------------
