@@ -1,20 +1,25 @@
 """The executable specification of dispatch and combine: the oracle of every test.
 
-Pure torch, no communication, nothing of ours imported: all ranks' inputs in (lists indexed by rank), all ranks' outputs
-out (lists indexed by rank). Written for reading; loops run over ranks and slots, never over tokens or elements.
+Pure torch, no communication, nothing of ours imported but its own first half (:mod:`._reference_rows`): all ranks'
+inputs in (lists indexed by rank), all ranks' outputs out (lists indexed by rank). Written for reading; loops run over
+ranks and slots, never over tokens or elements.
 
 *Placement*: contiguous; the first ``E mod R`` ranks own one more expert. *Order*: received rows by (source rank, source
 token); expanded rows by (local expert, source rank, source token, slot). Counts per expert count slots: a token that
 names an expert twice counts twice, and has two expanded rows.
 
 *Numerics of combine*: one accumulator per element, float64 for float64 rows and float32 otherwise. It starts at +0.0,
-at the bias, or at bias 0 + bias 1. Rows are added one at a time in the recipe's order, and the sum is rounded once, to
-nearest even. V1: ascending rank. V2 compact: slots ascending; a rank's row is added at the place of its highest slot.
-V2 expanded, multiple reduction not allowed: slots ascending, every slot's row. Allowed: slots of one rank are summed
-first (from +0.0) and rounded to the row dtype; that value is added at the position of the rank's highest slot.
-Over several domains (``num_scaleup_ranks`` contiguous ranks each), unless V2 does not allow multiple reduction: each of
-these sums is made for the ranks of one domain and rounded to the row dtype; that value is added at the position of the
-domain's highest slot (V1: domains ascending).
+at the bias, or at bias 0 + bias 1 (added in the accumulator's type). Rows are added one at a time in the recipe's
+order, and the sum is rounded once, to nearest even. The recipes:
+
+- V1: ascending rank.
+- V2 compact: slots ascending; a rank's row is added at the position of that rank's highest slot.
+- V2 expanded, multiple reduction not allowed: slots ascending, every slot's row into the one accumulator.
+- V2 expanded, multiple reduction allowed: the slots of one rank are summed first (slots ascending, from +0.0, in the
+  accumulator's type) and rounded to the row dtype; that value is added at the position of the rank's highest slot.
+- Over several domains (``num_scaleup_ranks`` contiguous ranks each), unless V2 does not allow multiple reduction: each
+  of these sums is made for the ranks of one domain, one's own included, and rounded to the row dtype; that value is
+  added at the position of the domain's highest slot (V1: domains ascending).
 
 *Weights*: V1 sums every column over the destination ranks (float32, ascending rank, from +0.0, unmasked; over several
 domains as its rows). V2 takes slot k from the rank that owns expert ``topk_idx[t, k]``, and 0 where that is -1.
@@ -24,106 +29,63 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")
-Many = Sequence[Tensor]
+from ._reference_rows import (
+    CPU,
+    Many,
+    Placement,
+    align,
+    arrivals,
+    compact_rows,
+    contiguous_placement,
+    expanded_rows,
+    int64,
+    iota,
+    localise,
+    only_highest,
+    scatter,
+    take,
+    tokens_in_ranks,
+)
+
+__all__ = [
+    "CPU",
+    "Contribution",
+    "Many",
+    "Placement",
+    "V1Layout",
+    "V1Received",
+    "V2Received",
+    "align",
+    "arrivals",
+    "compact_rows",
+    "contiguous_placement",
+    "contributions",
+    "domain_contributions",
+    "expanded_rows",
+    "int64",
+    "iota",
+    "localise",
+    "only_highest",
+    "reduce_rows",
+    "scatter",
+    "slot_weights",
+    "take",
+    "tokens_in_ranks",
+    "v1_combine",
+    "v1_dispatch",
+    "v1_layout",
+    "v2_combine",
+    "v2_contributions",
+    "v2_dispatch",
+    "v2_grouped_contributions",
+]
+
 #: (tokens, source, rows): ``acc[tokens] += source[rows]``; no token occurs twice in one contribution.
 Contribution = tuple[Tensor, Tensor, Tensor]
-
-
-def align(n: int, alignment: int) -> int:
-    return -(-n // alignment) * alignment
-
-
-def as_bytes(x: Tensor) -> Tensor:
-    """One-byte rows as uint8 (torch gathers and scatters no fp8), others unchanged."""
-    return x.contiguous().view(torch.uint8) if x.dtype.itemsize == 1 else x
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    return as_bytes(x).index_select(0, index).view(x.dtype)
-
-
-def scatter(rows: Tensor, at: Tensor, num_rows: int) -> Tensor:
-    """``num_rows`` zero rows, those at ``at`` replaced by ``rows``."""
-    raw = as_bytes(rows)
-    return raw.new_zeros((num_rows, *rows.shape[1:])).index_copy_(0, at, raw).view(rows.dtype)
-
-
-def int64(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=CPU)
-
-
-def iota(n: int) -> Tensor:
-    return torch.arange(n, dtype=torch.int64, device=CPU)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where experts live. The tables end with an entry of -1, which is what expert -1 finds."""
-
-    owner: Tensor  # [E + 1] int64
-    local_id: Tensor  # [E + 1] int64
-    num_local_experts: tuple[int, ...]
-
-
-def contiguous_placement(num_experts: int, num_ranks: int) -> Placement:
-    each, more = divmod(num_experts, num_ranks)
-    counts = tuple(each + (rank < more) for rank in range(num_ranks))
-    owner = [rank for rank, count in enumerate(counts) for _ in range(count)]
-    local_id = [i for count in counts for i in range(count)]
-    return Placement(int64([*owner, -1]), int64([*local_id, -1]), counts)
-
-
-def localise(topk_idx: Tensor, placement: Placement, rank: int) -> Tensor:
-    return torch.where(placement.owner[topk_idx] == rank, placement.local_id[topk_idx], -1)
-
-
-def tokens_in_ranks(topk_idx: Tensor, placement: Placement) -> Tensor:
-    owner = placement.owner[topk_idx]
-    return torch.stack([(owner == r).any(dim=1) for r in range(len(placement.num_local_experts))], dim=1)
-
-
-def only_highest(owner: Tensor) -> Tensor:
-    """``owner`` [T, K] where a slot is the highest of its token with that owner, -1 elsewhere."""
-    comes_again = (owner[:, :, None] == owner[:, None, :]).triu(1).any(dim=2)
-    return torch.where(comes_again, -1, owner)
-
-
-def compact_rows(is_token_in_rank: Many) -> list[Tensor]:
-    """Per source rank, [T, R] int64: the token's row on each destination rank, -1 where it is not sent."""
-    rows, first = [], torch.zeros(is_token_in_rank[0].shape[1], dtype=torch.int64, device=CPU)
-    for sent in is_token_in_rank:
-        rows.append(torch.where(sent, first + sent.long().cumsum(0) - 1, -1))
-        first = first + sent.sum(0)
-    return rows
-
-
-def expanded_rows(topk_idx: Many, placement: Placement, alignment: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Where every slot lands in the expanded output of its expert's owner.
-
-    Returns ``(rows, counts)``: per source rank [T, K] int64, -1 for empty slots; per rank [E_local] int64, unaligned.
-    """
-    experts = torch.cat([t.reshape(-1) for t in topk_idx])  # in order (source rank, source token, slot)
-    rows = torch.full_like(experts, -1)
-    counts: list[list[int]] = [[] for _ in placement.num_local_experts]
-    for expert, owner in enumerate(placement.owner[:-1].tolist()):
-        here = (experts == expert).nonzero()[:, 0]
-        rows[here] = sum(align(c, alignment) for c in counts[owner]) + iota(len(here))
-        counts[owner].append(len(here))
-    by_source = torch.split(rows, [t.numel() for t in topk_idx])
-    return [r.reshape(t.shape) for r, t in zip(by_source, topk_idx, strict=True)], [int64(c) for c in counts]
-
-
-def arrivals(x: Many, is_token_in_rank: Many, rank: int) -> Tensor:
-    pieces = [
-        as_bytes(take(mine, sent[:, rank].nonzero()[:, 0])) for mine, sent in zip(x, is_token_in_rank, strict=True)
-    ]
-    return torch.cat(pieces).view(x[0].dtype)
 
 
 def reduce_rows(
@@ -142,7 +104,7 @@ def reduce_rows(
 
 
 def contributions(y: Many, owner: Tensor, rows: Tensor) -> list[Contribution]:
-    """Columns ascending: row ``rows[t, c]`` of ``y[owner[t, c]]``, where the owner is not -1."""
+    """Columns ascending: row ``rows[t, c]`` of ``y[owner[t, c]]`` for every token, where the owner is not -1."""
     parts = []
     for column in range(owner.shape[1]):
         for r, source in enumerate(y):
@@ -189,13 +151,17 @@ def slot_weights(weights: Many, owner: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-class V1Layout(NamedTuple):
-    num_tokens_per_rank: Tensor  # [R] int32
-    num_tokens_per_expert: Tensor  # [E] int32
-    is_token_in_rank: Tensor  # [T, R] bool
+@dataclass(frozen=True)
+class V1Layout:
+    """``num_tokens_per_rank`` [R] int32, ``num_tokens_per_expert`` [E] int32, ``is_token_in_rank`` [T, R] bool."""
+
+    num_tokens_per_rank: Tensor
+    num_tokens_per_expert: Tensor
+    is_token_in_rank: Tensor
 
 
 def v1_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> V1Layout:
+    """The layout of one rank's tokens. ``topk_idx`` [T, K] int64."""
     sent = tokens_in_ranks(topk_idx, contiguous_placement(num_experts, num_ranks))
     per_expert = torch.bincount(topk_idx[topk_idx >= 0].reshape(-1), minlength=num_experts)
     return V1Layout(sent.sum(0).int(), per_expert.int(), sent)
@@ -203,8 +169,11 @@ def v1_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> V1Layout:
 
 @dataclass(frozen=True)
 class V1Received:
-    """Results of a rank and the comparable parts of its handle; ``num_recv`` rows are valid. After ``num_worst_tokens``
-    x, sf and weights are undefined (here 0) past them, ids and ``recv_src_idx`` -1; the list is empty."""
+    """One rank's dispatch results, the comparable parts of its handle, and ``num_recv``, its count of valid rows.
+
+    After ``num_worst_tokens``: ``recv_x``, ``recv_sf``, ``recv_topk_weights`` are undefined past ``num_recv`` (here 0);
+    the tails of ``recv_topk_idx`` and ``recv_src_idx`` are -1; the list is empty.
+    """
 
     num_recv: int
     recv_x: Tensor
@@ -287,8 +256,11 @@ def v1_combine(
 
 @dataclass(frozen=True)
 class V2Received:
-    """Results and handle fields of a rank; ``row_valid`` [rows] bool: which rows are defined; the others (gaps, and
-    past the valid rows without CPU sync) are 0. ``recv_src_metadata``: valid rows only, its private column 1 is 0."""
+    """One rank's dispatch results and handle fields; ``row_valid`` [rows] bool says which rows are defined.
+
+    Undefined rows (alignment gaps, and everything past the valid rows without CPU sync) are 0 here, as zero padding
+    makes the gaps. ``recv_src_metadata`` holds the valid rows only; its private column 1 is 0.
+    """
 
     recv_x: Tensor
     recv_sf: Tensor | None
