@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ._pairs import PairChannel
 from .backends._domains import Domains, group_by_domain
@@ -139,7 +139,12 @@ def _open_hybrid(c: Construction) -> Backend:
     if not why:
         try:
             domain = ShmDomain(
-                inside, c.settings, epoch=c.epoch, heap_bytes=c.heap_bytes, num_cores=c.num_cores, names=domains.here
+                inside,
+                _patient(c.settings),
+                epoch=c.epoch,
+                heap_bytes=c.heap_bytes,
+                num_cores=c.num_cores,
+                names=domains.here,
             )
             domain.join_world(domains.here, domains.num_ranks)
         except EPBackendUnavailableError as e:
@@ -154,3 +159,10 @@ def _open_hybrid(c: Construction) -> Backend:
     assert domain is not None
     assert rail is not None
     return HybridBackend(domains, rail, domain, c.settings)
+
+
+def _patient(settings: Settings) -> Settings:
+    """For waits inside a domain. The neighbour that is waited for may itself wait for a rank across: its deadline comes
+    first, and so all the domain is told who is really missing."""
+    seconds = settings.timeout_seconds
+    return replace(settings, timeout_seconds=seconds + min(seconds / 4, 5.0))

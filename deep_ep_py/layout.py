@@ -1,4 +1,4 @@
-"""Pure math of a plan's targets: encoding, decoding and what follows from the count matrix."""
+"""Pure math of a plan's targets, and the layout of one rank's tokens."""
 
 from __future__ import annotations
 
@@ -10,13 +10,6 @@ from .plans import SHARED_ROW
 from .types import ExpertPlacement
 
 _ROW_MASK = (1 << 32) - 1
-
-
-def encode_targets(rank: torch.Tensor, row: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """[T, W] int64 targets from destination ranks and rows (both -1 for none) and the mask of shared slots."""
-    target = (rank.to(torch.int64) << 32) | (row.to(torch.int64) & _ROW_MASK)
-    target = torch.where(shared, target | SHARED_ROW, target)
-    return torch.where(rank >= 0, target, torch.full_like(target, -1))
 
 
 def target_ranks(targets: torch.Tensor) -> torch.Tensor:

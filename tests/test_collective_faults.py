@@ -371,6 +371,7 @@ def interrupted(group):
         assert caught.value.ranks == (0,)
         backend.close()
         return True
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored for what it backgrounds
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         backend.barrier()

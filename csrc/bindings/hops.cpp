@@ -1,5 +1,4 @@
-// An operation in pieces, for ranks in several domains: what the second hop does inside one of them (cpu/engine.hpp),
-// and the math between the hops (protocol/plan.hpp).
+// An operation in pieces, for ranks in several domains: what the second hop does inside one of them (cpu/engine.hpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -197,24 +196,6 @@ void poison(PyEngine& self, const std::string& text, bool timeout, const std::ve
   engine.poison(error);
 }
 
-std::string bind_route(int layout, Address topk_idx, Address is_token_in_rank, Address columns, int64_t num_tokens,
-                       int num_slots, int num_ranks, int num_experts, Address expert_rank, Address expert_local,
-                       Address first_of_rank, Address first_of_expert, Address targets) {
-  py::gil_scoped_release unlocked;
-  const Placement placement{num_experts, num_ranks, at<int32_t>(expert_rank), at<int32_t>(expert_local)};
-  return route(static_cast<Layout>(layout), at<int64_t>(topk_idx), at<uint8_t>(is_token_in_rank), at<int32_t>(columns),
-               num_tokens, num_slots, placement, at<int64_t>(first_of_rank), at<int64_t>(first_of_expert),
-               at<int64_t>(targets));
-}
-
-bool bind_homeward(int layout, Address targets, int64_t num_tokens, int num_slots, Address domain_of, int num_ranks,
-                   int num_domains, bool per_row, Address home, Address tokens, int64_t capacity, Address counts) {
-  py::gil_scoped_release unlocked;
-  return homeward(static_cast<Layout>(layout), at<int64_t>(targets), num_tokens, num_slots, at<int32_t>(domain_of),
-                  num_ranks, num_domains, per_row, at<int64_t>(home), at<int64_t>(tokens), capacity,
-                  at<int64_t>(counts));
-}
-
 }  // namespace
 
 void bind_hops(py::module_& m) {
@@ -250,12 +231,6 @@ void bind_hops(py::module_& m) {
            arg("out_weights"), arg("biases"), arg("rows"), arg("weights"), arg("limit"), arg("hidden"),
            arg("row_bytes"), arg("dtype"), arg("weight_bytes"), arg("num_weights"), arg("max_threads"))
       .def("poison", &poison, named, arg("text"), arg("timeout"), arg("ranks"), arg("seconds"));
-  m.def("route", &bind_route, named, arg("layout"), arg("topk_idx"), arg("is_token_in_rank"), arg("columns"),
-        arg("num_tokens"), arg("num_slots"), arg("num_ranks"), arg("num_experts"), arg("expert_rank"),
-        arg("expert_local"), arg("first_of_rank"), arg("first_of_expert"), arg("targets"));
-  m.def("homeward", &bind_homeward, named, arg("layout"), arg("targets"), arg("num_tokens"), arg("num_slots"),
-        arg("domain_of"), arg("num_ranks"), arg("num_domains"), arg("per_row"), arg("home"), arg("tokens"),
-        arg("capacity"), arg("counts"));
 }
 
 }  // namespace deep_ep

@@ -10,7 +10,6 @@ import torch
 from .._rows import name_ranks
 from ..errors import EPArgumentError
 from ..types import CombineSpec, DispatchSpec
-from ._routing import rows_per_rank
 
 
 def dispatch_agrees_on(spec: DispatchSpec) -> dict[str, int | str]:
@@ -86,9 +85,8 @@ def check_combine(spec: CombineSpec) -> None:
             raise EPArgumentError.of("bias", f"shape {(num_tokens, spec.y.shape[1])}", tuple(bias.shape))
 
 
-def check_worst_case(spec: DispatchSpec, counts: torch.Tensor, worst: Sequence[int], seq: int) -> None:
-    """Raises EPArgumentError, on every rank: some rank receives more rows than its outputs were fixed to."""
-    rows = rows_per_rank(spec, counts)
+def check_worst_case(rows: Sequence[int], worst: Sequence[int], seq: int) -> None:
+    """Raises EPArgumentError, on every rank: some rank receives more ``rows`` than its outputs were fixed to."""
     over = [r for r, n in enumerate(worst) if 0 <= n < rows[r]]
     if over:
         r = over[0]

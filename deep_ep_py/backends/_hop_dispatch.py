@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from .._pairs import Transfer
-from ..layout import dispatch_layout
 from ..plans import Plan
 from ..types import Dispatched, DispatchSpec
 from ._checks import check_worst_case
-from ._hops import Chunks, FirstRows, Headers, Homeward, Ways, exchange_headers, route
+from ._hops import Chunks, Headers, Homeward, Ways, exchange_headers
 from ._pipeline import SLICE_BYTES, run
 from ._record import Gather, Record
-from ._routing import experts_of, plan_digest
+from ._routing import Counts, own_layout
 from .base import Flight, Relayed
 
 
@@ -63,51 +62,33 @@ def begin_new(ways: Ways, spec: DispatchSpec, records: list[Record], gather: Gat
     domains, placement = ways.domains, spec.placement
     assert placement is not None
     rank, num_ranks, num_domains = domains.rank, domains.num_ranks, len(domains.members)
-    counts = gather(_own_counts(ways, spec))
-    tokens, crossing, slots = counts.split([num_ranks, num_domains, placement.num_experts], 1)
-    check_worst_case(spec, torch.cat([tokens, slots], 1), [r.tell["num_worst_tokens"] for r in records], seq)
-    first = FirstRows(spec.layout, tokens, slots, placement, spec.expert_alignment)
-    everywhere = torch.arange(num_ranks, dtype=torch.int32, device="cpu")
+    told = gather(_own_counts(ways, spec))
+    tokens, crossing, slots = told.split([num_ranks, num_domains, placement.num_experts], 1)
+    counts = Counts(spec, tokens, slots)
+    check_worst_case(counts.rows_to.tolist(), [r.tell["num_worst_tokens"] for r in records], seq)
     here = torch.tensor(domains.here, dtype=torch.int32, device="cpu")
-    targets = route(spec.layout, spec.topk_idx, spec.is_token_in_rank, everywhere, num_ranks, placement, first, rank)
+    targets = counts.route(spec, spec.topk_idx, spec.is_token_in_rank, rank)
     home = Homeward.of_targets(spec.layout, targets, domains)
     received = [0 if r == rank else int(crossing[r, domains.domain]) for r in domains.rail]
     headers = exchange_headers(spec, domains, ways.rail, home.tokens, received)
     relay = [
-        route(spec.layout, h.topk_idx, h.is_token_in_rank, here, num_ranks, placement, first, origin)
+        counts.route(spec, h.topk_idx, h.is_token_in_rank, origin, here)
         for h, origin in zip(headers, domains.rail, strict=True)
     ]
-    num_rows = int(first.rows_to[rank])
-    plan = Plan.pack(
-        layout=spec.layout,
-        targets=targets,
-        num_rows=num_rows,
-        num_output_rows=num_rows if spec.num_worst_tokens is None else spec.num_worst_tokens,
-        num_recv_tokens=int(first.tokens_to[rank]),
-        rank_prefix=tokens.cumsum(0),
-        expert_counts=slots.sum(0)[experts_of(placement, rank)],
-        rank=rank,
-        digest=plan_digest(spec, counts) ^ seq,
-        expert_alignment=spec.expert_alignment,
-        num_max_tokens_per_rank=spec.num_max_tokens_per_rank or max(r.tell["num_tokens"] for r in records),
-        relay_counts=torch.tensor(received, dtype=torch.int64, device="cpu"),
-        relay=torch.cat(relay),
-    )
-    begin = [first.of_rank[r][here.long()].contiguous() for r in domains.rail]
+    num_max_tokens = spec.num_max_tokens_per_rank or max(r.tell["num_tokens"] for r in records)
+    relay_counts = torch.tensor(received, dtype=torch.int64, device="cpu")
+    plan = counts.plan(spec, targets, rank, num_max_tokens, seq, relay_counts, torch.cat(relay))
+    begin = [counts.of_rank[r][here.long()].contiguous() for r in domains.rail]
     own = Relayed(targets, topk_idx=spec.topk_idx, topk_weights=spec.topk_weights, first_token=begin[domains.domain])
-    inner = ways.domain.hop_begin(spec, plan, first.tokens_to, first.rows_to)
+    inner = ways.domain.hop_begin(spec, plan, counts.tokens_to, counts.rows_to)
     return Begun(spec, inner, seq, home.tokens, received, own, _relayed(relay, headers, begin))
 
 
 def _own_counts(ways: Ways, spec: DispatchSpec) -> torch.Tensor:
     """[R + D + E] int64: this rank's tokens to each rank and each domain, and its slots to each expert."""
-    placement, in_rank, per_expert = spec.placement, spec.is_token_in_rank, spec.num_tokens_per_expert
-    assert placement is not None
-    if in_rank is None or per_expert is None:
-        assert spec.topk_idx is not None
-        _, per_expert, in_rank = dispatch_layout(spec.topk_idx, placement, ways.domains.num_ranks)
+    in_rank, per_expert = own_layout(spec, ways.domains.num_ranks)
     crossing = [in_rank[:, list(ranks)].any(1).sum() for ranks in ways.domains.members]
-    return torch.cat([in_rank.sum(0, dtype=torch.int64), torch.stack(crossing), per_expert.to(torch.int64)])
+    return torch.cat([in_rank.sum(0, dtype=torch.int64), torch.stack(crossing), per_expert])
 
 
 def _relayed(

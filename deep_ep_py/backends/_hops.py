@@ -10,13 +10,11 @@ import torch
 from .. import _C
 from .._pairs import PairChannel
 from ..errors import EPArgumentError
-from ..layout import align
 from ..plans import LAYOUTS, Plan, PlanLayout
-from ..types import DispatchSpec, ExpertPlacement
+from ..types import DispatchSpec
 from ._domains import Domains
 from ._pipeline import Pace
 from ._record import Record
-from ._routing import experts_of
 from .base import Domain
 
 _MOST_TOLD_DOMAINS = 64
@@ -120,73 +118,6 @@ class Headers:
     topk_idx: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
     is_token_in_rank: torch.Tensor | None = None
-
-
-class FirstRows:
-    """Where each source's rows begin, from everyone's counts.
-
-    Attributes:
-        of_rank: [R, R] int64, entry [s, r]: compact, the first row of source s on rank r.
-        of_expert: [R, E] int64, entry [s, e]: expanded, the first row of source s for expert e on its rank.
-        tokens_to, rows_to: [R] int64, unique tokens and rows that each rank receives.
-    """
-
-    def __init__(
-        self, layout: PlanLayout, tokens: torch.Tensor, slots: torch.Tensor, placement: ExpertPlacement, alignment: int
-    ) -> None:
-        self.of_rank = tokens.cumsum(0) - tokens
-        self.tokens_to = tokens.sum(0)
-        self.rows_to = self.tokens_to
-        self.of_expert = slots
-        if layout == "expand":
-            block, rows = _blocks(slots.sum(0).tolist(), placement, alignment)
-            self.of_expert = slots.cumsum(0) - slots + torch.tensor(block, dtype=torch.int64, device="cpu")
-            self.rows_to = torch.tensor(rows, dtype=torch.int64, device="cpu")
-
-
-def _blocks(totals: list[int], placement: ExpertPlacement, alignment: int) -> tuple[list[int], list[int]]:
-    """First row of each expert's block, and rows of each rank."""
-    first, rows = [0] * placement.num_experts, [0] * len(placement.num_local)
-    for rank in range(len(rows)):
-        for expert in experts_of(placement, rank).tolist():
-            first[expert] = rows[rank]
-            rows[rank] += align(totals[expert], alignment)
-    return first, rows
-
-
-def route(
-    layout: PlanLayout,
-    topk_idx: torch.Tensor | None,
-    is_token_in_rank: torch.Tensor | None,
-    columns: torch.Tensor,
-    num_ranks: int,
-    placement: ExpertPlacement,
-    first: FirstRows,
-    source: int,
-) -> torch.Tensor:
-    """Final targets of some tokens of ``source``. ``columns`` [..] int32: V1, the ranks that the columns stand for."""
-    drives = is_token_in_rank if layout == "rank" else topk_idx
-    assert drives is not None
-    num_tokens, num_slots = drives.shape
-    targets = _int64(num_tokens, num_slots)
-    first_of_rank, first_of_expert = first.of_rank[source].contiguous(), first.of_expert[source].contiguous()
-    wrong = _C.route(
-        layout=LAYOUTS.index(layout),
-        topk_idx=0 if layout == "rank" else drives.data_ptr(),
-        is_token_in_rank=drives.data_ptr() if layout == "rank" else 0,
-        columns=columns.data_ptr(),
-        num_tokens=num_tokens,
-        num_slots=num_slots,
-        num_ranks=num_ranks,
-        num_experts=placement.num_experts,
-        expert_rank=placement.rank.data_ptr(),
-        expert_local=placement.local.data_ptr(),
-        first_of_rank=first_of_rank.data_ptr(),
-        first_of_expert=first_of_expert.data_ptr(),
-        targets=targets.data_ptr(),
-    )
-    assert not wrong, wrong  # routings were checked before anything was published
-    return targets
 
 
 def header_bytes(spec: DispatchSpec, num_here: int) -> int:

@@ -1,4 +1,4 @@
-"""From a dispatch's routing and everyone's counts to its plan: pure functions over [T, K] and [R, E] integers."""
+"""From tokens' routings and everyone's counts to plans: integers only, no communication."""
 
 from __future__ import annotations
 
@@ -6,125 +6,137 @@ import hashlib
 
 import torch
 
-from ..layout import align, encode_targets
-from ..plans import Plan
+from .. import _C
+from ..layout import align, dispatch_layout
+from ..plans import LAYOUTS, Plan
 from ..types import DispatchSpec, ExpertPlacement
 
 
-def owners(topk_idx: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor:
-    """[T, K] int64: the rank of each slot's expert, -1 for none."""
-    return _look_up(placement.rank, topk_idx)
-
-
-def local_ids(topk_idx: torch.Tensor, placement: ExpertPlacement, rank: torch.Tensor) -> torch.Tensor:
-    """[n, K] int64: ids among the experts of ``rank`` [n, 1], -1 for slots of other ranks and for none."""
-    local = _look_up(placement.local, topk_idx)
-    return torch.where(owners(topk_idx, placement) == rank, local, torch.full_like(local, -1))
-
-
-def tokens_in_ranks(spec: DispatchSpec, num_ranks: int) -> torch.Tensor:
-    """[T, R] bool: where each token goes."""
-    if spec.is_token_in_rank is not None:
-        return spec.is_token_in_rank
-    assert spec.topk_idx is not None
+def own_layout(spec: DispatchSpec, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where this rank's tokens go, [T, R] bool, and its slots to each expert, [E] int64 (V1: as the caller counted)."""
     assert spec.placement is not None
-    owner = owners(spec.topk_idx, spec.placement)
-    in_rank = torch.zeros((owner.shape[0], num_ranks + 1), dtype=torch.bool, device="cpu")
-    in_rank.scatter_(1, torch.where(owner >= 0, owner, torch.full_like(owner, num_ranks)), True)
-    return in_rank[:, :num_ranks]
-
-
-def own_counts(spec: DispatchSpec, in_rank: torch.Tensor) -> torch.Tensor:
-    """[R + E] int64: this rank's tokens to each rank, and its slots to each expert (V1: as the caller counted them)."""
-    assert spec.placement is not None
-    if spec.num_tokens_per_expert is not None:
-        per_expert = spec.num_tokens_per_expert.to(torch.int64)
-    else:
+    in_rank, per_expert = spec.is_token_in_rank, spec.num_tokens_per_expert
+    if in_rank is None or per_expert is None:
         assert spec.topk_idx is not None
-        per_expert = torch.bincount(spec.topk_idx[spec.topk_idx >= 0], minlength=spec.placement.num_experts)
-    return torch.cat([in_rank.sum(0, dtype=torch.int64), per_expert])
+        _, per_expert, in_rank = dispatch_layout(spec.topk_idx, spec.placement, num_ranks)
+    return in_rank, per_expert.to(torch.int64)
 
 
-def rows_per_rank(spec: DispatchSpec, counts: torch.Tensor) -> list[int]:
-    """Rows of every rank's output (expanded: alignment gaps included), from everyone's counts [R, R + E]."""
-    assert spec.placement is not None
-    num_ranks = counts.shape[0]
-    if spec.layout != "expand":
-        return counts[:, :num_ranks].sum(0).tolist()
-    aligned = [align(n, spec.expert_alignment) for n in counts[:, num_ranks:].sum(0).tolist()]
-    rows = [0] * num_ranks
-    for rank, n in zip(spec.placement.rank.tolist(), aligned, strict=True):
-        rows[rank] += n
-    return rows
-
-
-def build_plan(
-    spec: DispatchSpec, in_rank: torch.Tensor, counts: torch.Tensor, rank: int, num_max_tokens: int, seq: int
-) -> Plan:
-    """The plan of one rank, from everyone's counts [R, R + E].
+class Counts:
+    """Everyone's counts, and what follows from them for every rank alike: where each source's rows begin.
 
     Args:
-        num_max_tokens: M, given or found out. seq: of the operation; handles of equal counts are told apart by it.
+        tokens: [R, R] int64, entry [s, r]: tokens that source s sends to rank r. slots: [R, E] int64, entry [s, e].
+
+    Attributes:
+        of_rank: [R, R] int64, entry [s, r]: compact, the first row of source s on rank r.
+        of_expert: [R, E] int64, entry [s, e]: expanded, the first row of source s for expert e on its rank.
+        tokens_to, rows_to: [R] int64, unique tokens and rows (alignment gaps included) that each rank receives.
     """
-    placement = spec.placement
-    assert placement is not None
-    num_ranks = counts.shape[0]
-    tokens, slots = counts[:, :num_ranks], counts[:, num_ranks:]
-    local = experts_of(placement, rank)
-    num_rows = rows_per_rank(spec, counts)[rank]
-    expand = spec.layout == "expand"
-    targets = _expanded_targets(spec, slots, rank) if expand else _targets(spec, in_rank, tokens, rank)
-    return Plan.pack(
-        layout=spec.layout,
-        targets=targets,
-        num_rows=num_rows,
-        num_output_rows=num_rows if spec.num_worst_tokens is None else spec.num_worst_tokens,
-        num_recv_tokens=int(tokens[:, rank].sum()),
-        rank_prefix=tokens.cumsum(0),
-        expert_counts=slots.sum(0)[local],
-        rank=rank,
-        digest=plan_digest(spec, counts) ^ seq,
-        expert_alignment=spec.expert_alignment,
-        num_max_tokens_per_rank=num_max_tokens,
-    )
 
+    def __init__(self, spec: DispatchSpec, tokens: torch.Tensor, slots: torch.Tensor) -> None:
+        assert spec.placement is not None
+        self.tokens = tokens
+        self.slots = slots
+        self.placement = spec.placement
+        self.of_rank = tokens.cumsum(0) - tokens
+        self.tokens_to = tokens.sum(0)
+        self.rows_to = self.tokens_to
+        self.of_expert = slots
+        if spec.layout == "expand":
+            block, rows = self._blocks(slots.sum(0).tolist(), spec.expert_alignment)
+            self.of_expert = slots.cumsum(0) - slots + torch.tensor(block, dtype=torch.int64, device="cpu")
+            self.rows_to = torch.tensor(rows, dtype=torch.int64, device="cpu")
 
-def _targets(spec: DispatchSpec, in_rank: torch.Tensor, tokens: torch.Tensor, rank: int) -> torch.Tensor:
-    """Rows of a rank are sorted by (source rank, source token): this rank's begin where those before it end."""
-    rows = tokens[:rank].sum(0) + in_rank.cumsum(0, dtype=torch.int64) - 1  # [T, R]
-    if spec.layout == "rank":
-        to = torch.arange(in_rank.shape[1], dtype=torch.int64, device="cpu").expand_as(rows)
-        to = torch.where(in_rank, to, torch.full_like(to, -1))
-        return encode_targets(to, rows, torch.zeros_like(in_rank))
-    assert spec.topk_idx is not None
-    assert spec.placement is not None
-    owner = owners(spec.topk_idx, spec.placement)
-    shared = torch.zeros_like(owner, dtype=torch.bool)
-    for k in range(owner.shape[1]):
-        shared[:, k] = (owner[:, k + 1 :] == owner[:, k : k + 1]).any(1)
-    return encode_targets(owner, rows.gather(1, owner.clamp(min=0)), shared)
+    def _blocks(self, totals: list[int], alignment: int) -> tuple[list[int], list[int]]:
+        """First row of each expert's block, and rows of each rank."""
+        first, rows = [0] * len(totals), [0] * self.tokens.shape[1]
+        for rank in range(len(rows)):
+            for expert in experts_of(self.placement, rank).tolist():
+                first[expert] = rows[rank]
+                rows[rank] += align(totals[expert], alignment)
+        return first, rows
 
+    def route(
+        self,
+        spec: DispatchSpec,
+        topk_idx: torch.Tensor | None,
+        is_token_in_rank: torch.Tensor | None,
+        source: int,
+        columns: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Final targets of some tokens of ``source``, [n, W] int64.
 
-def _expanded_targets(spec: DispatchSpec, slots: torch.Tensor, rank: int) -> torch.Tensor:
-    """Rows are sorted by (local expert, source rank, source token, slot), blocks of experts at aligned rows."""
-    assert spec.topk_idx is not None
-    assert spec.placement is not None
-    first = slots[:rank].sum(0)  # [E]: behind what lower ranks send to the expert ...
-    totals = slots.sum(0).tolist()
-    for r in range(slots.shape[0]):
-        row = 0
-        for expert in experts_of(spec.placement, r).tolist():
-            first[expert] += row  # ... in the expert's block
-            row += align(totals[expert], spec.expert_alignment)
-    expert = spec.topk_idx.reshape(-1)
-    by_expert = torch.argsort(expert, stable=True)  # then by (token, slot); -1 comes first
-    in_order = expert[by_expert]
-    begin = torch.searchsorted(in_order, in_order)  # where the expert's slots begin in this order
-    nth = torch.empty_like(expert)
-    nth[by_expert] = torch.arange(expert.numel(), dtype=torch.int64, device="cpu") - begin
-    row_of = _look_up(first, expert) + nth
-    owner = owners(spec.topk_idx, spec.placement)
-    return encode_targets(owner, row_of.view_as(owner), torch.zeros_like(owner, dtype=torch.bool))
+        Args:
+            topk_idx: [n, K] int64; is_token_in_rank: [n, W] bool, which drives the layout ``rank`` (V1).
+            columns: [W] int32, the ranks that its columns stand for; None: all of them.
+        """
+        by_rank = spec.layout == "rank"
+        drives = is_token_in_rank if by_rank else topk_idx
+        assert drives is not None
+        num_ranks = self.tokens.shape[1]
+        if columns is None:
+            columns = torch.arange(num_ranks, dtype=torch.int32, device="cpu")
+        targets = torch.empty(drives.shape, dtype=torch.int64, device="cpu")
+        drives = drives.contiguous()
+        first_of_rank, first_of_expert = self.of_rank[source].contiguous(), self.of_expert[source].contiguous()
+        wrong = _C.route(
+            layout=LAYOUTS.index(spec.layout),
+            topk_idx=0 if by_rank else drives.data_ptr(),
+            is_token_in_rank=drives.data_ptr() if by_rank else 0,
+            columns=columns.data_ptr(),
+            num_tokens=drives.shape[0],
+            num_slots=drives.shape[1],
+            num_ranks=num_ranks,
+            num_experts=self.placement.num_experts,
+            expert_rank=self.placement.rank.data_ptr(),
+            expert_local=self.placement.local.data_ptr(),
+            first_of_rank=first_of_rank.data_ptr(),
+            first_of_expert=first_of_expert.data_ptr(),
+            targets=targets.data_ptr(),
+        )
+        assert not wrong, wrong  # routings were checked before anything was published
+        return targets
+
+    def plan(
+        self,
+        spec: DispatchSpec,
+        targets: torch.Tensor,
+        rank: int,
+        num_max_tokens: int,
+        seq: int,
+        relay_counts: torch.Tensor | None = None,
+        relay: torch.Tensor | None = None,
+    ) -> Plan:
+        """The plan of one rank.
+
+        Args:
+            num_max_tokens: M, given or found out. seq: of the operation; handles of equal counts are told apart by it.
+            relay_counts, relay: of two hops; :meth:`~..plans.Plan.pack`.
+        """
+        num_rows = int(self.rows_to[rank])
+        return Plan.pack(
+            layout=spec.layout,
+            targets=targets,
+            num_rows=num_rows,
+            num_output_rows=num_rows if spec.num_worst_tokens is None else spec.num_worst_tokens,
+            num_recv_tokens=int(self.tokens_to[rank]),
+            rank_prefix=self.tokens.cumsum(0),
+            expert_counts=self.slots.sum(0)[experts_of(self.placement, rank)],
+            rank=rank,
+            digest=self._digest(spec) ^ seq,
+            expert_alignment=spec.expert_alignment,
+            num_max_tokens_per_rank=num_max_tokens,
+            relay_counts=relay_counts,
+            relay=relay,
+        )
+
+    def _digest(self, spec: DispatchSpec) -> int:
+        h = hashlib.blake2b(digest_size=8)
+        for counts in (self.tokens, self.slots):
+            h.update(counts.contiguous().numpy().tobytes())
+        h.update(repr((spec.layout, *self.slots.shape, spec.expert_alignment, spec.num_max_tokens_per_rank)).encode())
+        return int.from_bytes(h.digest(), "little") >> 1
 
 
 def experts_of(placement: ExpertPlacement, rank: int) -> torch.Tensor:
@@ -133,15 +145,10 @@ def experts_of(placement: ExpertPlacement, rank: int) -> torch.Tensor:
     return mine[torch.argsort(placement.local[mine], stable=True)]
 
 
-def _look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """``table[index]`` as int64, -1 where the index is negative."""
-    if table.numel() == 0:
-        return torch.full_like(index, -1)
-    found = table.to(torch.int64)[index.clamp(min=0)]
-    return torch.where(index >= 0, found, torch.full_like(found, -1))
-
-
-def plan_digest(spec: DispatchSpec, counts: torch.Tensor) -> int:
-    h = hashlib.blake2b(counts.numpy().tobytes(), digest_size=8)
-    h.update(repr((spec.layout, tuple(counts.shape), spec.expert_alignment, spec.num_max_tokens_per_rank)).encode())
-    return int.from_bytes(h.digest(), "little") >> 1
+def local_ids(topk_idx: torch.Tensor, placement: ExpertPlacement, rank: torch.Tensor) -> torch.Tensor:
+    """[n, K] int64: ids among the experts of ``rank`` [n, 1], -1 for slots of other ranks and for none."""
+    if placement.num_experts == 0:
+        return torch.full_like(topk_idx, -1)
+    expert = topk_idx.clamp(min=0)
+    here = (topk_idx >= 0) & (placement.rank.to(torch.int64)[expert] == rank)
+    return torch.where(here, placement.local.to(torch.int64)[expert], -1)

@@ -23,7 +23,7 @@ from ._deliver import Delivery, allocate
 from ._ordered import OrderedBackend
 from ._recipe import combine_rows, combine_weights, positions
 from ._record import all_gather
-from ._routing import build_plan, own_counts, tokens_in_ranks
+from ._routing import Counts, own_layout
 
 __all__ = ["CollectiveBackend"]
 
@@ -51,12 +51,14 @@ class CollectiveBackend(OrderedBackend):
         records = self._meet(op, agree, tell, lambda: check_dispatch(spec), previous)
         plan = spec.plan
         if plan is None:
-            in_rank = tokens_in_ranks(spec, self.num_ranks)
-            counts = self._gather(own_counts(spec, in_rank))
+            in_rank, per_expert = own_layout(spec, self.num_ranks)
+            told = self._gather(torch.cat([in_rank.sum(0, dtype=torch.int64), per_expert]))
             self._statistics.rendezvous_with_counts += 1
-            check_worst_case(spec, counts, [r.tell["num_worst_tokens"] for r in records], self._order.seq)
+            counts = Counts(spec, *told.split([self.num_ranks, per_expert.numel()], 1))
+            check_worst_case(counts.rows_to.tolist(), [r.tell["num_worst_tokens"] for r in records], self._order.seq)
+            targets = counts.route(spec, spec.topk_idx, spec.is_token_in_rank, self.rank)
             num_max_tokens = spec.num_max_tokens_per_rank or max(r.tell["num_tokens"] for r in records)
-            plan = build_plan(spec, in_rank, counts, self.rank, num_max_tokens, self._order.seq)
+            plan = counts.plan(spec, targets, self.rank, num_max_tokens, self._order.seq)
         return Delivery(spec, allocate(spec, plan, self.num_ranks), self.rank, self.num_ranks, self._order.seq)
 
     def _deliver(self, delivery: Delivery) -> None:
