@@ -24,10 +24,12 @@ def positions(plan: Plan, num_ranks: int) -> tuple[torch.Tensor, list[int], torc
     counts = torch.bincount(holder, minlength=num_ranks).tolist()
     position = torch.full_like(plan.targets, -1)
     position.view(-1)[index] = torch.arange(index.numel(), dtype=torch.int64, device="cpu")
-    for k in reversed(range(ranks.shape[1] - 1)):  # a shared slot's row is that of the next slot on the same rank
-        for later in range(k + 1, ranks.shape[1]):
-            same = ~moving[:, k] & (ranks[:, k] >= 0) & (ranks[:, later] == ranks[:, k]) & (position[:, k] < 0)
-            position[:, k] = torch.where(same, position[:, later], position[:, k])
+    # A slot that shares its row has the one of its token that moves to that rank; where slots share, there is only one.
+    of_rank = torch.full((ranks.shape[0], num_ranks), -1, dtype=torch.int64, device="cpu")
+    token, slot = moving.nonzero(as_tuple=True)
+    of_rank[token, ranks[token, slot]] = position[token, slot]
+    shared = (ranks >= 0) & ~moving
+    position = torch.where(shared, of_rank.gather(1, ranks.clamp(min=0)), position)
     return index, counts, position
 
 
