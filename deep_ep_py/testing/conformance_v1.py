@@ -76,11 +76,15 @@ def expected_combine(
     )
 
 
+@computed_once(maxsize=16)
 def rows_of(case: Case, rank: int, num_rows: int, salt: int = 0) -> Tensor:
+    """What ``rank`` hands to combine. Cached: do not write to it."""
     return make_rows(case, rank, num_rows, salt=salt)
 
 
+@computed_once(maxsize=16)
 def weights_of(case: Case, rank: int, num_rows: int, salt: int = 0) -> Tensor:
+    """Its weights, likewise."""
     return make_weights(case, rank, (num_rows, case.num_topk), salt=salt)
 
 

@@ -86,8 +86,10 @@ def expected_dispatch(case: Case, mode: Mode, with_weights: bool = True) -> list
     )
 
 
+@computed_once(maxsize=16)
 def combine_inputs(case: Case, mode: Mode, rank: int, salt: int = 0) -> tuple[Tensor, Tensor]:
-    """``(y, topk_weights)`` that ``rank`` hands to combine: undefined rows hold NaN, which must not show."""
+    """``(y, topk_weights)`` that ``rank`` hands to combine: undefined rows hold NaN, which must not show. Cached: do
+    not write to them."""
     valid = expected_dispatch(case, mode)[rank].row_valid
     shape = (len(valid),) if mode.expand else (len(valid), case.num_topk)
     y, weights = make_rows(case, rank, len(valid), salt=salt), make_weights(case, rank, shape, salt=salt)
