@@ -1,6 +1,7 @@
 """Builds ``deep_ep_py._C`` with CMake and ninja. Metadata is in pyproject.toml.
 
-``CMAKE_ARGS`` holds further arguments for CMake, such as ``-DDEEP_EP_SANITIZE=address`` or ``-DDEEP_EP_WERROR=ON``.
+``CMAKE_ARGS`` holds further arguments for CMake, for this build alone, such as ``-DDEEP_EP_SANITIZE=address`` or
+``-DDEEP_EP_WERROR=ON``.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class BuildExtension(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-UDEEP_EP_*",  # what an earlier build was told
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         run(configure)

@@ -125,10 +125,10 @@ class TorchPairs:
                 self._fail(partial(timeout_error, names, self._timeout))
         lost = {peer: why for peer, work in transfer.works.items() if (why := _why_failed(work))}
         if lost:
-            names, why = [self._names[peer] for peer in lost], next(iter(lost.values()))
-            if says_timeout(why):
-                self._fail(partial(timeout_error, names, self._timeout))
-            self._fail(partial(peer_error, names, first_line(RuntimeError(why))))
+            dead = {self._names[peer]: why for peer, why in lost.items() if not says_timeout(why)}
+            if dead:  # the graver news; whoever is late too may be waiting for them
+                self._fail(partial(peer_error, list(dead), first_line(RuntimeError(next(iter(dead.values()))))))
+            self._fail(partial(timeout_error, [self._names[peer] for peer in lost], self._timeout))
         self._under_way.remove(transfer)
 
     def close(self) -> None:

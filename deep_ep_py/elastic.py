@@ -36,7 +36,7 @@ class ElasticBuffer:
         allow_hybrid_mode: across domains, cross once for each domain and spread inside; else straight to each rank.
         allow_multiple_reduction: expanded combine may sum and round the slots of one rank first.
         prefer_overlap_with_compute: asynchronous calls leave a core to the computation; they always do here.
-        num_cpu_timeout_secs: deadline of every wait, in seconds.
+        num_cpu_timeout_secs: deadline of every wait, in seconds; see ``Settings.timeout_seconds``.
         backend: ``"auto"``, or a backend's exact name; default: ``DEEP_EP_PY_BACKEND``.
         settings: instead of those of the environment.
         num_cpu_bytes, deterministic (results always are), sl_idx, num_allocated_qps, num_gpu_timeout_secs,

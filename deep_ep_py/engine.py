@@ -48,7 +48,7 @@ class Engine:
             face: the class that is constructed; must be equal on all ranks.
             agree: constructor arguments that must be equal on all ranks, JSON-able.
             heap_bytes: heap to prefault.
-            timeout_seconds: deadline of every wait.
+            timeout_seconds: deadline of every wait; see ``Settings``.
             allow_hybrid_mode: two hops where ranks are in several domains; else one.
             refused: this rank's arguments were refused: peers are told, then it is raised.
 

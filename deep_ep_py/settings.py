@@ -20,7 +20,8 @@ class Settings:
 
     Attributes:
         backend: ``"auto"`` (fastest that works), or a backend's exact name (``"shm"``, ``"hybrid"``, ``"collective"``).
-        timeout_seconds: deadline of every wait, in seconds. ElasticBuffer's ``num_cpu_timeout_secs`` overrides it.
+        timeout_seconds: deadline of every wait, in seconds (over several domains, waits inside one last a quarter
+            longer, 5 s at most). ElasticBuffer's ``num_cpu_timeout_secs`` overrides it.
         connect_timeout_seconds: how long construction waits for every rank, in seconds.
         max_heap_bytes: how many bytes of returned tensors one rank's heap may hold before results move to
             ordinary memory; 0: half of the available memory (and of the cgroup's limit), divided by the ranks here.

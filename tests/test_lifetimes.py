@@ -201,6 +201,7 @@ def async_v1(comm, backend):
         assert waited == [rank], "the hook runs after the wait"
         v1.check_dispatched(result, expected)
         y, weights = v1.rows_of(FIRST, rank, expected.num_recv), v1.weights_of(FIRST, rank, expected.num_recv)
+        wanted, wanted_weights = v1.expected_combine(FIRST, 0)[rank]
         cached = buffer.dispatch(mine.x, handle=result[4], previous_event=buffer.capture(), **options)
         # A combine behind a dispatch that nobody waited for: call order is the buffer's order.
         out, out_weights, event = buffer.combine(
@@ -208,7 +209,6 @@ def async_v1(comm, backend):
         )
         with event:
             pass
-        wanted, wanted_weights = v1.expected_combine(FIRST, 0)[rank]
         v1.assert_same_bits(out, wanted, "combined_x")
         v1.assert_same_bits(out_weights, wanted_weights, "combined_topk_weights")
         v1.check_recv_x(cached[0], expected)

@@ -253,6 +253,16 @@ def test_what_gloo_says(why, error):
     assert caught.value.ranks == (7,)
 
 
+def test_who_is_gone_is_not_named_with_who_is_late():
+    late, gone = Failed("Application timeout caused pair closure"), Failed("Connection closed by peer [127.0.0.1]:1")
+    for works in ({0: late, 1: gone}, {0: gone, 1: late}):
+        channel = TorchPairs(dist.HashStore(), 0, [9], 1.5)
+        channel._names = [7, 8]
+        with pytest.raises(EPPeerError) as caught:
+            _TorchTransfer(channel, works).wait()
+        assert caught.value.ranks == ((8,) if works[1] is gone else (7,))
+
+
 # What goes wrong, between processes ----------------------------------------------------------------------------------
 
 

@@ -15,10 +15,12 @@ from ..types import DispatchSpec, ExpertPlacement
 def own_layout(spec: DispatchSpec, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where this rank's tokens go, [T, R] bool, and its slots to each expert, [E] int64 (V1: as the caller counted)."""
     assert spec.placement is not None
-    in_rank, per_expert = spec.is_token_in_rank, spec.num_tokens_per_expert
-    if in_rank is None or per_expert is None:
-        assert spec.topk_idx is not None
-        _, per_expert, in_rank = dispatch_layout(spec.topk_idx, spec.placement, num_ranks)
+    if spec.layout == "rank":
+        assert spec.is_token_in_rank is not None
+        assert spec.num_tokens_per_expert is not None
+        return spec.is_token_in_rank, spec.num_tokens_per_expert.to(torch.int64)
+    assert spec.topk_idx is not None
+    _, per_expert, in_rank = dispatch_layout(spec.topk_idx.contiguous(), spec.placement, num_ranks)
     return in_rank, per_expert.to(torch.int64)
 
 

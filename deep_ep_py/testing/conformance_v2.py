@@ -196,8 +196,9 @@ def check_combine(
     y, weights = combine_inputs(case, mode, rank, salt)
     mine = make_inputs(case)[rank]
     bias = (None, mine.bias[0], mine.bias)[num_bias]
-    out, out_weights, event = buffer.combine(y, handle, topk_weights=weights if with_weights else None, bias=bias)
+    # The oracle first: it reads the same tensors, and must do so before the library can have touched them.
     expected_out, expected_weights = expected_combine(case, mode, num_bias, salt, domain_size(buffer))[rank]
+    out, out_weights, event = buffer.combine(y, handle, topk_weights=weights if with_weights else None, bias=bias)
     assert_same_bits(out, expected_out, f"combined_x with {num_bias} biases")
     assert_same_bits(out_weights, expected_weights if with_weights else None, "combined_topk_weights")
     assert event.event is None, "a synchronous call has no event"
