@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from pair_cases import SECONDS, begin, check, exchange
 
 from deep_ep_py._pairs import TorchPairs, _TorchTransfer, gather
 from deep_ep_py.communicator import communicator_of
 from deep_ep_py.errors import EPPeerError, EPTimeoutError
 from deep_ep_py.testing import run_processes, run_threads
-from deep_ep_py.testing.worlds import process_context
-
-SECONDS = 20.0
-
-
-def amount(source, target, turn):
-    """Rows from one rank to another in some transfer; often none, sometimes in one direction only."""
-    return (0, 3, 0, 1, 700)[(source * 7 + target * 3 + turn) % 5]
-
-
-def rows(source, target, turn, dtype=torch.float32):
-    n = amount(source, target, turn)
-    return (torch.arange(n * 5).view(n, 5) + 1000 * source + 100 * target + 10 * turn).to(dtype)
-
-
-def transfer(channel, rank, size, turn, dtype=torch.float32):
-    """A transfer that has been started, and what must come."""
-    inputs = [rows(rank, r, turn, dtype) for r in range(size)]
-    outputs = [torch.full_like(rows(r, rank, turn, dtype), -1) for r in range(size)]
-    return channel.start(outputs, inputs), outputs
-
-
-def check(outputs, rank, turn, dtype=torch.float32):
-    for r, got in enumerate(outputs):
-        if r != rank:
-            assert torch.equal(got, rows(r, rank, turn, dtype)), (r, rank, turn)
-
 
 # The same body on threads and on gloo --------------------------------------------------------------------------------
 
@@ -49,7 +20,7 @@ def check(outputs, rank, turn, dtype=torch.float32):
 def one_after_the_other(c, channel):
     for turn in range(10):
         for dtype in (torch.float32, torch.int64, torch.bfloat16):
-            under_way, outputs = transfer(channel, c.rank, c.size, turn, dtype)
+            under_way, outputs = begin(channel, c.rank, c.size, turn, dtype)
             under_way.wait()
             check(outputs, c.rank, turn, dtype)
 
@@ -57,7 +28,7 @@ def one_after_the_other(c, channel):
 def several_under_way(c, channel):
     """Inputs are the channel's until the wait, and no longer."""
     for _ in range(5):
-        begun = [transfer(channel, c.rank, c.size, turn) for turn in range(7)]
+        begun = [begin(channel, c.rank, c.size, turn) for turn in range(7)]
         for turn, (under_way, outputs) in enumerate(begun):
             under_way.wait()
             check(outputs, c.rank, turn)
@@ -65,7 +36,7 @@ def several_under_way(c, channel):
 
 def done_by_itself(c, channel):
     """``done`` turns true without a wait."""
-    under_way, outputs = transfer(channel, c.rank, c.size, 1)
+    under_way, outputs = begin(channel, c.rank, c.size, 1)
     deadline = time.monotonic() + SECONDS
     while not under_way.done():
         assert time.monotonic() < deadline
@@ -76,7 +47,7 @@ def done_by_itself(c, channel):
 
 def done_after_the_wait(c, channel):
     for turn in range(3):
-        under_way, _ = transfer(channel, c.rank, c.size, turn)
+        under_way, _ = begin(channel, c.rank, c.size, turn)
         under_way.wait()
         assert under_way.done()
 
@@ -179,10 +150,6 @@ def test_gloo():
 # What goes wrong, on threads -----------------------------------------------------------------------------------------
 
 
-def exchange(c, channel):
-    return channel.start([torch.zeros(2) for _ in range(c.size)], [torch.ones(2) for _ in range(c.size)])
-
-
 @pytest.mark.parametrize("under_way", [1, 3])
 def test_a_thread_closes(under_way):
     def body(c):
@@ -261,155 +228,3 @@ def test_who_is_gone_is_not_named_with_who_is_late():
         with pytest.raises(EPPeerError) as caught:
             _TorchTransfer(channel, works).wait()
         assert caught.value.ranks == ((8,) if works[1] is gone else (7,))
-
-
-# What goes wrong, between processes ----------------------------------------------------------------------------------
-
-
-class Silent:
-    """A store that answers until it falls silent; then every call blocks, as where its host is cut off."""
-
-    def __init__(self, store):
-        self._store = store
-        self.silent = threading.Event()
-
-    def __getattr__(self, name):
-        method = getattr(self._store, name)
-
-        def call(*args):
-            if self.silent.is_set():
-                threading.Event().wait()
-            return method(*args)
-
-        return call
-
-
-def open_torch(rank, size, store, timeout):
-    """Gloo itself wants a real store; the board is where a store may fall silent."""
-    channel = TorchPairs(dist.PrefixStore("pairs", store), rank, [10 * r for r in range(size)], timeout)
-    silent = channel._board._store = Silent(store)
-    return channel, silent
-
-
-def peer_goes(rank, folder, how, ended):
-    store = dist.FileStore(f"{folder}/store", 3)
-    channel, silent = open_torch(rank, 3, store, 1.5 if how in ("stopped", "silent") else 30.0)
-    ones, zeros = [torch.ones(2000)] * 3, [torch.zeros(2000) for _ in range(3)]
-    channel.start(zeros, ones).wait()
-    silent_store = how == "silent"
-    if silent_store:
-        silent.silent.set()
-    if rank == 2:
-        time.sleep(0.3)
-        if how == "closed in the middle":  # it has begun what it will not finish
-            channel.start(zeros, ones)
-        if how.startswith("closed"):
-            channel.close()
-            time.sleep(3)
-            os._exit(0)
-        os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-    errors = []
-    start = time.monotonic()
-    # Of three that are under way the first may still find what rank 2 had sent.
-    begun = [channel.start(zeros, ones) for _ in range(3)]
-    for transfer in begun:
-        try:
-            transfer.wait()
-        except (EPPeerError, EPTimeoutError) as e:  # noqa: PERF203
-            errors.append((type(e).__name__, e.ranks))
-    seconds = time.monotonic() - start
-    start = time.monotonic()
-    channel.close()
-    ended.put((errors, seconds, time.monotonic() - start))
-    # Stay: the other one's errors shall be about rank 2 alone. The test ends all of them.
-    time.sleep(60)
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize(
-    ("how", "error"),
-    [
-        ("killed", "EPPeerError"),
-        ("closed", "EPPeerError"),
-        ("closed in the middle", "EPPeerError"),
-        ("stopped", "EPTimeoutError"),
-        ("silent", "EPTimeoutError"),
-    ],
-)
-def test_a_process_goes(how, error, tmp_path):
-    context = process_context("forkserver")
-    ended = context.Queue()
-    ranks = [context.Process(target=peer_goes, args=(r, tmp_path, how, ended), daemon=True) for r in range(3)]
-    for process in ranks:
-        process.start()
-    try:
-        for _ in range(2):
-            errors, seconds, closing = ended.get(timeout=40)
-            assert len(errors) >= 2
-            assert set(errors) == {(error, (20,))}, errors
-            assert seconds < 10
-            assert closing < 2
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
-
-
-def over_tcp(rank, port, ended):
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
-    channel = TorchPairs(dist.PrefixStore("pairs", store), rank, range(2), SECONDS)
-    for turn in range(5):
-        begun = [transfer(channel, rank, 2, turn + i) for i in range(3)]
-        for i, (under_way, outputs) in enumerate(begun):
-            under_way.wait()
-            check(outputs, rank, turn + i)
-    gather(channel, rank, 2, torch.zeros(1))
-    channel.close()
-    ended.put(rank)
-
-
-@pytest.mark.processes
-def test_tcp_store():
-    context = process_context("forkserver")
-    ended = context.Queue()
-    server = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
-    ranks = [context.Process(target=over_tcp, args=(r, server.port, ended), daemon=True) for r in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        assert {ended.get(timeout=40) for _ in ranks} == {0, 1}
-        for process in ranks:
-            process.join(timeout=10)
-            assert process.exitcode == 0
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
-
-
-def interrupted(group):
-    c = communicator_of(group)
-    channel = c.open_pairs(timeout=30)
-    exchange(c, channel).wait()
-    if c.rank == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-        start = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            exchange(c, channel).wait()
-        assert time.monotonic() - start < 5
-        channel.close()
-        return True
-    time.sleep(1.5)
-    # Rank 0 had begun the first of these, and closed with its rows under way.
-    with pytest.raises(EPPeerError) as caught:
-        for _ in range(2):
-            exchange(c, channel).wait()
-    assert caught.value.ranks == (0,)
-    channel.close()
-    return True
-
-
-@pytest.mark.processes
-def test_ctrl_c():
-    assert run_processes(2, interrupted) == [True, True]
