@@ -135,7 +135,10 @@ def routed_by_hand(comm, case, backend):
         topk_idx=[i.topk_idx for i in inputs],
         topk_weights=[i.topk_weights for i in inputs],
     )
+    ys = [v1.rows_of(case, r, expected[r].num_recv) for r in range(case.num_ranks)]
     with v1.open_buffer(comm, backend) as buffer:
+        # Before the dispatch, where ranks meet: what the oracle reads nobody has handed to the library yet.
+        wanted = v1.reference.v1_combine(ys, everywhere, num_scaleup_ranks=domain_size(buffer))[rank][0]
         result = buffer.dispatch(
             inputs[rank].x,
             num_tokens_per_rank=torch.full((case.num_ranks,), case.num_tokens[rank], dtype=torch.int32),
@@ -145,9 +148,6 @@ def routed_by_hand(comm, case, backend):
             topk_weights=inputs[rank].topk_weights,
         )
         v1.check_dispatched(result, expected[rank])
-        ys = [v1.rows_of(case, r, expected[r].num_recv) for r in range(case.num_ranks)]
-        wanted = v1.reference.v1_combine(ys, everywhere, num_scaleup_ranks=domain_size(buffer))[rank][0]
-        buffer.barrier()  # the others' rows are read here too, and must be as they were
         out, _, _ = buffer.combine(ys[rank], result[4])
         assert_same_bits(out, wanted, "combined_x")
 
