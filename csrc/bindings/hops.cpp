@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/address.hpp"
 #include "bindings/engine.hpp"
 #include "bindings/errors.hpp"
 #include "bindings/objects.hpp"
@@ -11,13 +12,6 @@ namespace py = pybind11;
 
 namespace deep_ep {
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 PyFlight dispatch_begin(PyEngine& self, Address plan_address, bool cached, int num_topk, bool has_topk,
                         int weight_bytes, Address local_of, int num_experts, Address expert_rank, Address expert_local,

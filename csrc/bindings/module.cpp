@@ -1,6 +1,7 @@
 // deep_ep_py._C: the one place where the core meets Python. Raw addresses and sizes in, DLPack out.
 #include <pybind11/pybind11.h>
 
+#include "bindings/address.hpp"
 #include "bindings/errors.hpp"
 #include "bindings/plans.hpp"
 #include "cpu/kernels.hpp"
@@ -12,15 +13,6 @@
 namespace py = pybind11;
 using namespace deep_ep;
 
-namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
-
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Core of deep_ep_py: protocol, shared memory engine and row kernels. Private.";
   register_error_translator();
@@ -29,16 +21,16 @@ PYBIND11_MODULE(_C, m) {
   bind_plans(m);
   m.def(
       "probe_copy",
-      [](uintptr_t to, uintptr_t from, size_t bytes, bool stream) {
+      [](Address to, Address from, size_t bytes, bool stream) {
         py::gil_scoped_release unlocked;
-        probe_copy(pointer<void>(to), pointer<void>(from), bytes, stream);
+        probe_copy(at<void>(to), at<void>(from), bytes, stream);
       },
       py::kw_only(), py::arg("to"), py::arg("from_"), py::arg("bytes"), py::arg("stream"));
   m.def(
       "probe_read",
-      [](uintptr_t from, size_t bytes) {
+      [](Address from, size_t bytes) {
         py::gil_scoped_release unlocked;
-        return probe_read(pointer<void>(from), bytes);
+        return probe_read(at<void>(from), bytes);
       },
       py::kw_only(), py::arg("from_"), py::arg("bytes"));
 #if DEEP_EP_HAS_SHM

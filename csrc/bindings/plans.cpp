@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/address.hpp"
 #include "protocol/error.hpp"
 #include "protocol/packed_plan.hpp"
 
@@ -14,13 +15,6 @@ namespace py = pybind11;
 
 namespace deep_ep {
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // V1's layout. Returns "" or what is wrong with topk_idx.
 std::string dispatch_layout(Address topk_idx, int64_t num_tokens, int num_topk, int num_ranks, int num_experts,
