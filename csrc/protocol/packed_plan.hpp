@@ -34,10 +34,11 @@ enum PlanWord {
 };
 constexpr int64_t kPlanMagicValue = 0x32'4e'41'4c'50'50'45'44;  // "DEPPLAN2"
 
-inline int64_t plan_count_words(int64_t num_ranks, int64_t num_local) {
+DEEP_EP_HOST_DEVICE inline int64_t plan_count_words(int64_t num_ranks, int64_t num_local) {
   return (num_ranks * num_ranks + num_local + 1) / 2;
 }
-inline int64_t plan_words(int64_t num_tokens, int64_t num_slots, int64_t num_ranks, int64_t num_local) {
+DEEP_EP_HOST_DEVICE inline int64_t plan_words(int64_t num_tokens, int64_t num_slots, int64_t num_ranks,
+                                              int64_t num_local) {
   return kPlanHeaderWords + plan_count_words(num_ranks, num_local) + num_tokens * num_slots;
 }
 inline int64_t relay_words(int64_t num_domains, int64_t num_relayed, int64_t relay_slots) {
@@ -47,15 +48,16 @@ inline int64_t relay_words(int64_t num_domains, int64_t num_relayed, int64_t rel
 // The array's parts. Nothing is checked here: see `wrong_plan`.
 class PackedPlan {
  public:
-  explicit PackedPlan(int64_t* words) : words_(words) {}
-  int64_t& operator[](PlanWord word) const { return words_[word]; }
-  int32_t* rank_prefix() const { return reinterpret_cast<int32_t*>(words_ + kPlanHeaderWords); }
-  int32_t* expert_counts() const { return rank_prefix() + words_[kPlanRanks] * words_[kPlanRanks]; }
-  int64_t* targets() const {
+  DEEP_EP_HOST_DEVICE explicit PackedPlan(int64_t* words) : words_(words) {}
+  DEEP_EP_HOST_DEVICE int64_t& operator[](PlanWord word) const { return words_[word]; }
+  DEEP_EP_HOST_DEVICE int32_t* rank_prefix() const { return reinterpret_cast<int32_t*>(words_ + kPlanHeaderWords); }
+  DEEP_EP_HOST_DEVICE int32_t* expert_counts() const { return rank_prefix() + words_[kPlanRanks] * words_[kPlanRanks]; }
+  DEEP_EP_HOST_DEVICE int64_t* targets() const {
     return words_ + kPlanHeaderWords + plan_count_words(words_[kPlanRanks], words_[kPlanLocal]);
   }
   // The sizes that place the parts; before anything else.
-  void set_shape(Layout layout, int64_t num_tokens, int num_slots, int num_ranks, int rank, int num_local) const {
+  DEEP_EP_HOST_DEVICE void set_shape(Layout layout, int64_t num_tokens, int num_slots, int num_ranks, int rank,
+                                     int num_local) const {
     words_[kPlanMagic] = kPlanMagicValue;
     words_[kPlanLayout] = static_cast<int64_t>(layout);
     words_[kPlanTokens] = num_tokens;

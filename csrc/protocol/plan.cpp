@@ -178,16 +178,6 @@ void targets_from_heads(const int32_t* send_head, const int32_t* prefix, int sou
     }
 }
 
-uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {
-  // FNV-1a with a final mix: a fingerprint against mix-ups, not against malice.
-  const auto* at = static_cast<const unsigned char*>(data);
-  uint64_t h = 0xcbf29ce484222325ULL ^ seed;
-  for (size_t i = 0; i < bytes; ++i)
-    h = (h ^ at[i]) * 0x100000001b3ULL;
-  h ^= h >> 32;
-  return (h * 0x9e3779b97f4a7c15ULL) >> 1;
-}
-
 ScratchLayout scratch_layout(Layout layout, int64_t num_tokens, int64_t num_rows, int num_topk, bool has_topk,
                              int weight_bytes) {
   ScratchLayout out;

@@ -5,6 +5,13 @@
 #include <string>
 #include <vector>
 
+// What kernels call too.
+#if defined(__CUDACC__)
+#define DEEP_EP_HOST_DEVICE __host__ __device__
+#else
+#define DEEP_EP_HOST_DEVICE
+#endif
+
 namespace deep_ep {
 
 // How the columns of `targets` are read; see deep_ep_py/types.py, PlanLayout.
@@ -13,20 +20,20 @@ enum class Layout : int32_t { rank = 0, topk = 1, expand = 2 };
 // One entry of `targets`: -1, or destination rank << 32 | row, with kSharedRow on all but the last slot of a shared
 // row.
 constexpr int64_t kSharedRow = int64_t{1} << 62;
-inline int64_t make_target(int rank, int64_t row) {
+DEEP_EP_HOST_DEVICE inline int64_t make_target(int rank, int64_t row) {
   return (static_cast<int64_t>(rank) << 32) | row;
 }
-inline bool moves(int64_t target) {
+DEEP_EP_HOST_DEVICE inline bool moves(int64_t target) {
   return target >= 0 && !(target & kSharedRow);
 }
-inline int target_rank(int64_t target) {
+DEEP_EP_HOST_DEVICE inline int target_rank(int64_t target) {
   return static_cast<int>((target & ~kSharedRow) >> 32);
 }
-inline int64_t target_row(int64_t target) {
+DEEP_EP_HOST_DEVICE inline int64_t target_row(int64_t target) {
   return target & 0xffffffff;
 }
 
-inline int64_t align_up(int64_t n, int64_t unit) {
+DEEP_EP_HOST_DEVICE inline int64_t align_up(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit * unit;
 }
 
@@ -99,7 +106,15 @@ void heads_from_targets(const int64_t* targets, const int32_t* prefix, int sourc
 void targets_from_heads(const int32_t* send_head, const int32_t* prefix, int source, int num_ranks, int64_t num_tokens,
                         int64_t* targets);
 
-uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed);
+// FNV-1a with a final mix: a fingerprint against mix-ups, not against malice.
+DEEP_EP_HOST_DEVICE inline uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {
+  const auto* at = static_cast<const unsigned char*>(data);
+  uint64_t h = 0xcbf29ce484222325ULL ^ seed;
+  for (size_t i = 0; i < bytes; ++i)
+    h = (h ^ at[i]) * 0x100000001b3ULL;
+  h ^= h >> 32;
+  return (h * 0x9e3779b97f4a7c15ULL) >> 1;
+}
 
 // The small arrays that travel with the rows of an uncached dispatch, as offsets into the receiver's scratch block.
 // compact: src int32 [N], topk int64 [N, K], weights [N, K]; expand: src int32 [N, 1 + K], weights [D].

@@ -1,4 +1,5 @@
-// bfloat16 and half <-> float as pure functions on bit patterns: the one definition that every mover shares.
+// bfloat16 and half <-> float, float -> fp8 as pure functions on bit patterns: the one definition that every mover
+// shares.
 //
 // Round to nearest even, subnormals kept, in integer arithmetic: independent of the rounding mode and of flush-to-zero.
 // Every NaN becomes the one quiet NaN of its type: payloads and signs would depend on the order of operands that a
@@ -20,6 +21,7 @@ namespace deep_ep {
 
 constexpr uint16_t kBf16NaN = 0x7FC0;
 constexpr uint16_t kHalfNaN = 0x7E00;
+constexpr uint8_t kE4m3NaN = 0x7F;
 constexpr uint32_t kFloatNaN = 0x7FC00000u;
 constexpr uint64_t kDoubleNaN = 0x7FF8000000000000ull;
 
@@ -72,6 +74,27 @@ DEEP_EP_PURE uint16_t float_to_half(float value) {
   const uint32_t rest = mantissa & ((1u << shift) - 1u);
   const uint32_t tie = 1u << (shift - 1u);
   return static_cast<uint16_t>(sign | (kept + ((rest > tie || (rest == tie && (kept & 1u))) ? 1u : 0u)));
+}
+
+// Four bits of exponent, three of mantissa, no infinity: 448 is the largest, and what is larger becomes 448.
+DEEP_EP_PURE uint8_t float_to_e4m3(float value) {
+  const uint32_t bits = float_bits(value);
+  const uint32_t sign = (bits >> 24) & 0x80u;
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return kE4m3NaN;
+  if (magnitude >= 0x43E00000u) return static_cast<uint8_t>(sign | 0x7Eu);  // 448 and above
+  if (magnitude >= 0x3C800000u) {  // 2^-6 and above: normal; a carry out of the mantissa rightly reaches the exponent
+    const uint32_t rebased = magnitude - (120u << 23);
+    return static_cast<uint8_t>(sign | ((rebased + 0x7FFFFu + ((rebased >> 20) & 1u)) >> 20));
+  }
+  const uint32_t exponent = magnitude >> 23;
+  if (exponent < 117u) return static_cast<uint8_t>(sign);  // below 2^-10: less than half of the smallest subnormal
+  const uint32_t mantissa = (magnitude & 0x007FFFFFu) | 0x00800000u;
+  const uint32_t shift = 141u - exponent;  // 21 to 24
+  const uint32_t kept = mantissa >> shift;
+  const uint32_t rest = mantissa & ((1u << shift) - 1u);
+  const uint32_t tie = 1u << (shift - 1u);
+  return static_cast<uint8_t>(sign | (kept + ((rest > tie || (rest == tie && (kept & 1u))) ? 1u : 0u)));
 }
 
 // Accumulator -> row, for rows as wide as their accumulator: only NaN changes.
