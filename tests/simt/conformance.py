@@ -1,0 +1,75 @@
+"""The conformance cases through the emulated library, one schedule a run. A program, so that the library can be built with
+AddressSanitizer, which wants to be there before the interpreter: see tests/test_cuda_emulated.py.
+
+    DEEP_EP_SIMT_LIBRARY=libdeep_ep_simt.so python tests/simt/conformance.py --seed 3 --policy 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+
+from simt import emulated
+
+from deep_ep_py.testing import Case, run_processes, run_threads
+from deep_ep_py.testing import conformance_v1 as v1
+from deep_ep_py.testing import conformance_v2 as v2
+from deep_ep_py.testing.conformance_v2 import MODES
+
+#: Small: a thread of the device is a fiber. Together they reach every layout, dtype, alignment and path of the kernels.
+CASES = (
+    Case((13,), num_experts=16),
+    Case((17, 5), hidden=1, num_topk=1, num_experts=7),
+    Case((33, 20), hidden=720, num_experts=7, expert_alignment=4),
+    Case((31, 32, 33, 1), num_topk=40, num_experts=64, expert_alignment=3),
+    Case((12, 12, 12, 12), num_topk=2, num_experts=2),
+    Case((0, 7)),
+    Case((0, 0), expert_alignment=8),
+    Case((20, 10, 15), routing="one_expert", expert_alignment=32),
+    Case((6, 5), routing="none"),
+    Case((25, 26), num_topk=16, num_experts=7, routing="duplicates", expert_alignment=8),
+    Case((14, 15, 16), hidden=33, dtype=torch.float32, routing="distinct"),
+    Case((20, 21), hidden=512, dtype=torch.float8_e4m3fn, sf="i32", num_scales=3, strided=True),
+    Case((14, 15), hidden=33, dtype=torch.float16, routing="distinct"),
+    Case((14, 15), hidden=66, dtype=torch.float64, routing="distinct"),
+    Case((20, 21), hidden=65, dtype=torch.float8_e5m2),
+    Case((5, 6, 7, 8, 9, 1, 2, 3), hidden=24, num_experts=24, num_topk=3),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--policy", type=int, default=4, help="of the scheduler: tests/simt/schedule.hpp")
+    parser.add_argument("--delays", type=float, default=0.0, help="probability that a launch is late")
+    parser.add_argument("--every", type=int, default=1, help="run each so manieth case and mode, beginning with seed")
+    parser.add_argument("--processes", action="store_true", help="ranks are processes")
+    args = parser.parse_args()
+    emulated.install()
+    emulated.functions().deep_ep_simt_configure(args.seed, args.policy)
+    emulated.functions().deep_ep_simt_delays(args.delays)
+    torch.set_num_threads(1)
+    runs = [(case, mode) for case in CASES for mode in (None, *MODES) if mode is None or v2.fits(case, mode)]
+    runs = runs[args.seed % args.every :: args.every]
+    for case, mode in runs:
+        print(case.id, "v1" if mode is None else mode.id, flush=True)
+        world = run_processes if args.processes else run_threads
+        world(case.num_ranks, check, case, mode)
+    print(f"passed: {len(runs)}")
+
+
+def check(group, case, mode):
+    emulated.install()
+    if mode is None:
+        v1.check_round_trip(group, case, "cuda_peer")
+    else:
+        v2.check_round_trip(group, case, mode, "cuda_peer", num_biases=(2, 0))
+
+
+if __name__ == "__main__":
+    main()
