@@ -290,3 +290,129 @@ class Engine:
         max_threads: int,
     ) -> None: ...
     def poison(self, *, text: str, timeout: bool, ranks: Sequence[int], seconds: float) -> None: ...
+
+class CudaLibrary:
+    def __init__(self, path: str) -> None: ...
+    def unavailable_because(self, device: int) -> str: ...
+    def device_name(self, device: int) -> str: ...
+    def num_sms(self, device: int) -> int: ...
+    def cast(
+        self,
+        *,
+        stream: int,
+        device: int,
+        x: int,
+        x_stride_bytes: int,
+        num_rows: int,
+        hidden: int,
+        channels: int,
+        dtype: int,
+        round_scale: bool,
+        out: int,
+        scales: int,
+    ) -> None: ...
+    def open(
+        self,
+        *,
+        epoch: int,
+        rank: int,
+        num_ranks: int,
+        device: int,
+        timeout_seconds: float,
+        heap_bytes: int,
+        num_sms: int,
+    ) -> CudaEngine: ...
+
+class CudaFlight:
+    @property
+    def num_recv_tokens(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_max_tokens_per_rank(self) -> int: ...
+    @property
+    def digest(self) -> int: ...
+    @property
+    def expert_counts(self) -> list[int]: ...
+
+class CudaEngine:
+    def endpoint(self) -> str: ...
+    def connect(self, endpoints: Sequence[str]) -> None: ...
+    def enter_heap(self) -> None: ...
+    def leave_heap(self) -> None: ...
+    def in_heap(self, *, data: int, bytes: int) -> bool: ...
+    def barrier(self, *, stream: int, host: bool) -> None: ...
+    def fail(self, *, stream: int, op: int, text: str) -> None: ...
+    def check(self) -> None: ...
+    def poison(self, text: str) -> None: ...
+    def statistics(self) -> dict[str, int]: ...
+    def close(self) -> None: ...
+    def dispatch_begin(
+        self,
+        *,
+        stream: int,
+        layout: int,
+        cached: bool,
+        host_counts: bool,
+        num_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        num_local: int,
+        num_slots: int,
+        topk_idx: int,
+        topk_weights: int,
+        has_topk: bool,
+        weight_bytes: int,
+        is_token_in_rank: int,
+        num_tokens_per_rank: int,
+        num_tokens_per_expert: int,
+        expert_rank: int,
+        expert_local: int,
+        sorted_experts: int,
+        rank_begin: int,
+        plan: int,
+        x: int,
+        x_stride_bytes: int,
+        row_bytes: int,
+        hidden: int,
+        dtype: int,
+        sf: int,
+        sf_bytes: int,
+        expert_alignment: int,
+        zero_padding: bool,
+        mask_weights: bool,
+        describe_sources: bool,
+        col_major_sf: bool,
+        num_worst_tokens: int,
+        num_max_tokens_per_rank: int,
+        num_output_rows: int,
+        num_sms: int,
+        allocate_workspace: Callable[[int], int],
+        outputs: Sequence[int] | None,
+    ) -> CudaFlight: ...
+    def dispatch_move(self, *, flight: CudaFlight, outputs: Sequence[int], failed: str | None) -> None: ...
+    def combine(
+        self,
+        *,
+        stream: int,
+        plan: int,
+        layout: int,
+        num_slots: int,
+        num_local: int,
+        num_tokens: int,
+        y: int,
+        y_rows: int,
+        row_bytes: int,
+        hidden: int,
+        dtype: int,
+        weights: int,
+        weight_bytes: int,
+        num_weights: int,
+        num_bias: int,
+        bias0: int,
+        bias1: int,
+        reduce_per_rank: bool,
+        out: int,
+        out_weights: int,
+        num_sms: int,
+    ) -> None: ...

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from ._pairs import PairChannel
+from .backends import _cuda_library
 from .backends._domains import Domains, group_by_domain
 from .backends.base import Backend
 from .backends.collective import CollectiveBackend
+from .backends.cuda_peer import CudaPeerBackend
 from .backends.hybrid import HybridBackend
 from .backends.shm import ShmBackend, unavailable_because
 from .backends.shm_domain import ShmDomain
@@ -16,7 +20,7 @@ from .communicator import Communicator
 from .errors import EPBackendUnavailableError
 from .settings import Settings
 
-BACKENDS = ("auto", "shm", "hybrid", "collective")
+BACKENDS = ("auto", "shm", "cuda_peer", "hybrid", "collective")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Construction:
     communicator: Communicator
     settings: Settings
     hosts: list[dict[str, str]]
+    device: torch.device
     epoch: int
     heap_bytes: int
     num_cores: int
@@ -64,6 +69,10 @@ def open_backend(c: Construction) -> tuple[Backend, BackendInfo]:
     """
     wanted = c.settings.backend
     openers = {"shm": _open_shm, "hybrid": _open_hybrid, "collective": _open_collective}
+    if c.device.type == "cuda":
+        openers = {"cuda_peer": _open_cuda_peer, "hybrid": _open_hybrid, "collective": _open_collective}
+        if wanted == "shm":
+            raise _refuse("shm", f"tensors lie on {c.device}; set Settings.device = 'cpu' for tensors on the CPU")
     refused: dict[str, str] = {}
     for name, opener in openers.items():
         if wanted not in ("auto", name):
@@ -81,6 +90,16 @@ def open_backend(c: Construction) -> tuple[Backend, BackendInfo]:
             num_hops, reach = 2, backend.domains.here
         return backend, BackendInfo(name, refused, c.communicator.size, domains, num_hops, reach)
     raise EPBackendUnavailableError(f"no backend works here: {refused}", reasons=refused)
+
+
+def device_of(settings: Settings, communicator: Communicator) -> torch.device:
+    """Where a buffer's tensors lie; see ``Settings.device``. CUDA is not touched by a program that does not use it."""
+    wanted = "cuda" if settings.backend == "cuda_peer" else settings.device
+    if wanted == "auto":
+        wanted = "cuda" if getattr(communicator, "carries_cuda", False) or torch.cuda.is_initialized() else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
 
 
 def domains_of(hosts: list[dict[str, str]]) -> list[list[int]]:
@@ -104,6 +123,15 @@ def _open_shm(c: Construction) -> Backend:
     if why:
         raise _refuse("shm", why)
     return ShmBackend(c.communicator, c.settings, epoch=c.epoch, heap_bytes=c.heap_bytes, num_cores=c.num_cores)
+
+
+def _open_cuda_peer(c: Construction) -> Backend:
+    why = _cuda_library.unavailable_because(c.device.index or 0)
+    if len(domains_of(c.hosts)) > 1:
+        why = f"ranks are on several machines, whose GPUs do not map each other's memory: {domains_of(c.hosts)}"
+    return CudaPeerBackend(
+        c.communicator, c.settings, device=c.device, epoch=c.epoch, heap_bytes=c.heap_bytes, unavailable=why
+    )
 
 
 def _open_collective(c: Construction) -> Backend:

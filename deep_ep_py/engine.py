@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .backends.base import Backend, Statistics
-from .choice import BACKENDS, Construction, domains_of, open_backend, sizes
+from .choice import BACKENDS, Construction, device_of, domains_of, open_backend, sizes
 from .communicator import Communicator, communicator_of
 from .errors import EPArgumentError, EPError, EPMismatchError
 from .event import CompletionEvent, EventHandle, EventOverlap
@@ -58,9 +58,10 @@ class Engine:
             EPTimeoutError: ranks did not come; names them.
             EPBackendUnavailableError: the backend asked for does not work here; says why.
         """
+        device = device_of(settings, communicator)
         mine = {
             "refused": "" if refused is None else str(refused),
-            "agree": {"class": face, "backend": settings.backend, **agree},
+            "agree": {"class": face, "backend": settings.backend, "device": device.type, **agree},
             "host": {**host_facts(), "domain": settings.domain},
             "nonce": secrets.randbits(63),
         }
@@ -79,6 +80,7 @@ class Engine:
             communicator=communicator,
             settings=self.settings,
             hosts=[r["host"] for r in ranks],
+            device=device,
             # Equal on all ranks and new for each construction: the identity of every segment.
             epoch=sum(r["nonce"] for r in ranks) & (2**64 - 1),
             heap_bytes=settings.heap_bytes or heap_bytes,
@@ -89,6 +91,8 @@ class Engine:
         self.backend, self.info = open_backend(construction)
         communicator.close()
         self.rank, self.num_ranks = communicator.rank, communicator.size
+        #: Where every tensor of a call lies, and every result.
+        self.device: torch.device = self.backend.device
         # Operations of one buffer run in call order, whichever thread calls.
         self._lock = threading.RLock()
         self._refusals = {op: Refusal(self.backend, self._lock, op) for op in ("dispatch", "combine")}
@@ -101,9 +105,16 @@ class Engine:
         return self._refusals[op]
 
     def dispatch(
-        self, spec: DispatchSpec, *, background: bool, previous: Sequence[CompletionEvent]
+        self,
+        spec: DispatchSpec,
+        *,
+        background: bool,
+        previous: Sequence[CompletionEvent],
+        on_comm_stream: bool = False,
     ) -> tuple[Dispatched, EventOverlap]:
+        """``on_comm_stream``: outputs are allocated there, and nothing but ``previous`` is waited for."""
         backend = self.backend
+        spec.on_comm_stream = on_comm_stream
         with self._lock:
             flight = backend.prepare(spec, background=background, previous=previous)
             try:
@@ -116,9 +127,16 @@ class Engine:
         return result, _event_of(flight.event, background)
 
     def combine(
-        self, spec: CombineSpec, *, background: bool, previous: Sequence[CompletionEvent]
+        self,
+        spec: CombineSpec,
+        *,
+        background: bool,
+        previous: Sequence[CompletionEvent],
+        on_comm_stream: bool = False,
     ) -> tuple[Combined, EventOverlap]:
+        """``on_comm_stream``: as for dispatch."""
         backend = self.backend
+        spec.on_comm_stream = on_comm_stream
         with self._lock:
             flight = backend.prepare_combine(spec, background=background, previous=previous)
             backend.combine_send(flight)
@@ -126,9 +144,15 @@ class Engine:
         self._last = combine_traffic, combine_sizes(spec), spec.plan
         return result, _event_of(flight.event, background)
 
-    def barrier(self) -> None:
+    def barrier(self, *, host: bool = True) -> None:
+        """``host``: the host waits too, where the operation is one of a stream."""
         with self._lock:
-            self.backend.barrier()
+            self.backend.barrier(host=host)
+
+    def comm_stream(self) -> Any:
+        """The stream on which rows move: torch.cuda.Stream, or torch's stand-in for one on a CPU."""
+        stream = self.backend.comm_stream
+        return torch.cpu.Stream() if stream is None else stream
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self.backend.empty(shape, dtype)

@@ -19,7 +19,10 @@ class Settings:
     """What a user may tune. Each field can be set by the environment variable ``DEEP_EP_PY_<FIELD>``.
 
     Attributes:
-        backend: ``"auto"`` (fastest that works), or a backend's exact name (``"shm"``, ``"hybrid"``, ``"collective"``).
+        backend: ``"auto"`` (fastest that works), or a backend's exact name (``"shm"``, ``"cuda_peer"``, ``"hybrid"``,
+            ``"collective"``).
+        device: where the tensors of a buffer lie: ``"cpu"``, ``"cuda"`` (the current GPU), or ``"auto"``: the current
+            GPU where the group has a backend for CUDA tensors or the process has begun to use CUDA, else the CPU.
         timeout_seconds: deadline of every wait, in seconds (over several domains, waits inside one last a quarter
             longer, 5 s at most). ElasticBuffer's ``num_cpu_timeout_secs`` overrides it.
         connect_timeout_seconds: how long construction waits for every rank, in seconds.
@@ -34,6 +37,7 @@ class Settings:
     """
 
     backend: str = "auto"
+    device: str = "auto"
     timeout_seconds: float = 300.0
     connect_timeout_seconds: float = 300.0
     max_heap_bytes: int = 0
@@ -44,6 +48,8 @@ class Settings:
     domain: str = ""
 
     def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise EPArgumentError.of("Settings.device", "'auto', 'cpu' or 'cuda'", repr(self.device))
         for name in ("timeout_seconds", "connect_timeout_seconds"):
             if not getattr(self, name) > 0:
                 raise EPArgumentError.of(f"Settings.{name}", "a positive number of seconds", getattr(self, name))

@@ -47,7 +47,7 @@ class ExpertPlacement:
 
 @dataclass(slots=True, eq=False)
 class DispatchSpec:
-    """One dispatch as the engine asks for it: arguments are checked, tensors are on the CPU and dense in a row.
+    """One dispatch as the engine asks for it: arguments are checked, tensors are on the backend's device and dense in a row.
 
     Exactly one of ``topk_idx`` (V2), ``is_token_in_rank`` (V1) and ``plan`` (cached) drives the routing; V1 may carry
     ``topk_idx`` beside ``is_token_in_rank``, to be localised.
@@ -68,7 +68,9 @@ class DispatchSpec:
         col_major_sf: deliver sf column-major, the leading dimension a multiple of 16 bytes (4-byte elements only).
         num_worst_tokens: rows of the outputs, where they are fixed in advance; None: exact.
         num_max_tokens_per_rank: M, the stride of global token indices in the metadata; 0: the largest token count.
-        max_threads: upper bound of copy threads; 0: the default.
+        max_threads: upper bound of copy threads, on a GPU of multiprocessors; 0: the default.
+        on_comm_stream: on a GPU, outputs are allocated on the communication stream, which then waits for nothing but
+            the events that the call was given.
     """
 
     x: torch.Tensor
@@ -90,6 +92,7 @@ class DispatchSpec:
     num_worst_tokens: int | None = None
     num_max_tokens_per_rank: int = 0
     max_threads: int = 0
+    on_comm_stream: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +107,8 @@ class Dispatched:
         recv_meta: V1: [rows] int32 source token index at its source. V2: [N or worst, 2 + K] int32. None if cached
             or not asked for.
         plan: the plan that was followed.
+        num_recv_tokens_per_expert: exact counts of this rank's experts, where the plan lies on a GPU and the host has
+            waited for them; None elsewhere, see ``plan.expert_counts``.
     """
 
     recv_x: torch.Tensor
@@ -112,6 +117,7 @@ class Dispatched:
     recv_topk_weights: torch.Tensor | None
     recv_meta: torch.Tensor | None
     plan: Plan
+    num_recv_tokens_per_expert: list[int] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -125,7 +131,7 @@ class CombineSpec:
         bias: 0, 1 or 2 tensors [T, H] of y's dtype, contiguous.
         reduce_per_rank: expanded only: sum and round the slots of one rank first.
         reduce_per_domain: over several domains: sum and round the rows of one domain first.
-        max_threads: upper bound of copy threads; 0: the default.
+        max_threads, on_comm_stream: as in ``DispatchSpec``.
     """
 
     y: torch.Tensor
@@ -135,6 +141,7 @@ class CombineSpec:
     reduce_per_rank: bool = False
     reduce_per_domain: bool = True
     max_threads: int = 0
+    on_comm_stream: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/address.hpp"
+#include "bindings/cuda.hpp"
 #include "bindings/errors.hpp"
 #include "bindings/plans.hpp"
 #include "cpu/kernels.hpp"
@@ -33,6 +34,7 @@ PYBIND11_MODULE(_C, m) {
         return probe_read(at<void>(from), bytes);
       },
       py::kw_only(), py::arg("from_"), py::arg("bytes"));
+  bind_cuda(m);
 #if DEEP_EP_HAS_SHM
   bind_engine(m);
   bind_hops(m);

@@ -6,15 +6,10 @@
 
 #include <memory>
 
+#include "bindings/signals.hpp"
 #include "cpu/engine.hpp"
 
 namespace deep_ep {
-
-// Asked by waits in the thread that called: runs Python's signal handlers (they act in the main thread only).
-inline bool signal_raised() {
-  pybind11::gil_scoped_acquire gil;
-  return PyErr_CheckSignals() != 0;
-}
 
 class PyEngine {
  public:

@@ -2,8 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "bindings/errors.hpp"
-#include "bindings/keywords.hpp"
+#include "bindings/method.hpp"
 #include "bindings/objects.hpp"
 #include "protocol/packed_plan.hpp"
 
@@ -132,84 +131,49 @@ PyObject* combine(PyEngine& self, Values& v) {
   return py::cast(event_of(std::move(event))).release().ptr();
 }
 
-// The three calls of every step, as methods of the C API that read their keywords by identity (keywords.hpp).
-template <PyObject* (*Body)(PyEngine&, Values&)>
-struct Method {
-  static Keywords* keywords;
-
-  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t num_positional, PyObject* kwnames) {
-    try {
-      Values values(keywords->parse(args, num_positional, kwnames));
-      return Body(py::cast<PyEngine&>(py::handle(self)), values);
-    } catch (const Error& error) {
-      set_python_error(error);
-    } catch (py::error_already_set& error) {
-      error.restore();
-    } catch (const py::builtin_exception& error) {
-      error.set_error();
-    } catch (const std::exception& error) {
-      PyErr_SetString(PyExc_RuntimeError, error.what());
-    }
-    return nullptr;
-  }
-
-  // Name, signature and definition live as long as the interpreter, as the C API wants it.
-  static void add(py::handle type, const char* name, const std::vector<std::string>& arguments) {
-    keywords = new Keywords(name, arguments);
-    static const std::string signature = keywords->text_signature();
-    static PyMethodDef definition = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)),
-                                     METH_FASTCALL | METH_KEYWORDS, signature.c_str()};
-    PyObject* method = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &definition);
-    if (method == nullptr) throw py::error_already_set();
-    type.attr(name) = py::reinterpret_steal<py::object>(method);
-  }
-};
-template <PyObject* (*Body)(PyEngine&, Values&)>
-Keywords* Method<Body>::keywords = nullptr;
-
 }  // namespace
 
 void add_operations(py::handle type) {
-  Method<&dispatch_begin>::add(type, "dispatch_begin",
-                               {"layout",
-                                "cached",
-                                "num_tokens",
-                                "num_topk",
-                                "topk_idx",
-                                "topk_weights",
-                                "has_topk",
-                                "weight_bytes",
-                                "is_token_in_rank",
-                                "num_tokens_per_rank",
-                                "num_tokens_per_expert",
-                                "num_experts",
-                                "num_local",
-                                "expert_rank",
-                                "expert_local",
-                                "plan",
-                                "x",
-                                "x_stride_bytes",
-                                "row_bytes",
-                                "hidden",
-                                "dtype",
-                                "sf",
-                                "sf_bytes",
-                                "expert_alignment",
-                                "zero_padding",
-                                "mask_weights",
-                                "describe_rows",
-                                "num_worst_tokens",
-                                "num_max_tokens_per_rank",
-                                "max_threads",
-                                "background",
-                                "previous"});
-  Method<&dispatch_move>::add(
+  Method<PyEngine, &dispatch_begin>::add(type, "dispatch_begin",
+                                         {"layout",
+                                          "cached",
+                                          "num_tokens",
+                                          "num_topk",
+                                          "topk_idx",
+                                          "topk_weights",
+                                          "has_topk",
+                                          "weight_bytes",
+                                          "is_token_in_rank",
+                                          "num_tokens_per_rank",
+                                          "num_tokens_per_expert",
+                                          "num_experts",
+                                          "num_local",
+                                          "expert_rank",
+                                          "expert_local",
+                                          "plan",
+                                          "x",
+                                          "x_stride_bytes",
+                                          "row_bytes",
+                                          "hidden",
+                                          "dtype",
+                                          "sf",
+                                          "sf_bytes",
+                                          "expert_alignment",
+                                          "zero_padding",
+                                          "mask_weights",
+                                          "describe_rows",
+                                          "num_worst_tokens",
+                                          "num_max_tokens_per_rank",
+                                          "max_threads",
+                                          "background",
+                                          "previous"});
+  Method<PyEngine, &dispatch_move>::add(
       type, "dispatch_move",
       {"flight", "recv_x", "recv_sf", "recv_sf_leading", "recv_topk_idx", "recv_topk_weights", "recv_meta"});
-  Method<&combine>::add(type, "combine",
-                        {"plan", "y", "y_rows", "y_stride_bytes", "row_bytes", "hidden", "dtype", "weights",
-                         "weight_bytes", "num_weights", "num_bias", "bias0", "bias1", "reduce_per_rank", "out",
-                         "out_weights", "max_threads", "background", "previous"});
+  Method<PyEngine, &combine>::add(type, "combine",
+                                  {"plan", "y", "y_rows", "y_stride_bytes", "row_bytes", "hidden", "dtype", "weights",
+                                   "weight_bytes", "num_weights", "num_bias", "bias0", "bias1", "reduce_per_rank",
+                                   "out", "out_weights", "max_threads", "background", "previous"});
 }
 
 }  // namespace deep_ep

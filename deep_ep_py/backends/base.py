@@ -90,11 +90,21 @@ class Statistics:
 
 
 class Backend(Protocol):
-    """A mover of rows. ``previous`` are events to be waited for before anything is published."""
+    """A mover of rows. ``previous`` are events to be waited for before anything is published.
+
+    Attributes:
+        device: of every tensor that it takes and makes. comm_stream: the torch.cuda.Stream on which rows move; None
+            where there are no streams.
+    """
 
     name: str
     rank: int
     num_ranks: int
+    device: torch.device
+
+    @property
+    def comm_stream(self) -> Any: ...
+
 
     def prepare(
         self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
@@ -117,8 +127,9 @@ class Backend(Protocol):
     def abort(self, flight: Flight) -> None:
         """A prepared dispatch will not be sent: the buffer is poisoned, so that peers do not wait for its rows."""
 
-    def barrier(self) -> None:
-        """Return when every rank has called it; earlier operations are then complete here."""
+    def barrier(self, *, host: bool = True) -> None:
+        """Return when every rank has called it; earlier operations are then complete here. With ``host`` off, where
+        operations are those of a stream, only the stream waits."""
 
     def fail(self, op: str, message: str) -> None:
         """Take this rank's place in the order of operations with a failed record, so that its peers raise too.

@@ -17,11 +17,11 @@ from ..event import CompletionEvent
 from ..plans import LAYOUTS, Plan, plan_words
 from ..settings import Settings, available_memory_bytes
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
+from ._dtypes import DTYPE_CODES, ROW_TYPES
 from .base import Flight, Statistics
 
 _LAYOUT = {layout: number for number, layout in enumerate(LAYOUTS)}
 _OPS = {"dispatch": 1, "combine": 3, "barrier": 4}
-ROW_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 # DLPack type code and bits of what torch can take over as it is; other types travel as bytes.
 _DLPACK = {
     torch.bfloat16: (4, 16),
@@ -33,12 +33,6 @@ _DLPACK = {
     torch.int16: (0, 16),
     torch.int32: (0, 32),
     torch.int64: (0, 64),
-}
-# Each dtype as a number that errors can spell out: up to eight letters of its short name.
-DTYPE_CODES = {
-    dtype: int.from_bytes(str(dtype).removeprefix("torch.").replace("float", "f").encode()[-8:], "little")
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype)
 }
 # Below this size a combine result lies in ordinary memory: fresh pages cost nothing there.
 _SMALL_RESULT_BYTES = 64 << 10
@@ -60,6 +54,8 @@ class ShmBackend:
     """See :class:`deep_ep_py.backends.base.Backend`. Construction is collective."""
 
     name = "shm"
+    device = torch.device("cpu")
+    comm_stream = None
 
     def __init__(
         self,
@@ -292,7 +288,7 @@ class ShmBackend:
     def abort(self, flight: Flight) -> None:
         self._engine.abandon(flight=flight.state[0])
 
-    def barrier(self) -> None:
+    def barrier(self, *, host: bool = True) -> None:  # noqa: ARG002
         self._engine.barrier()
         self._forget_complete()
 

@@ -11,8 +11,9 @@ import torch
 from ..errors import EPArgumentError, EPError, EPMismatchError, EPTimeoutError
 from ..plans import LAYOUTS, Plan, PlanLayout
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
+from ._dtypes import DTYPE_CODES, ROW_TYPES
 from .base import Flight, Relayed
-from .shm import DTYPE_CODES, ROW_TYPES, ShmBackend, address
+from .shm import ShmBackend, address
 
 
 @contextmanager
