@@ -1,7 +1,8 @@
-"""Builds ``deep_ep_py._C`` with CMake and ninja. Metadata is in pyproject.toml.
+"""Builds ``deep_ep_py._C``, and where nvcc is ``lib/libdeep_ep_cuda.so``, with CMake and ninja. Metadata is in
+pyproject.toml.
 
-``CMAKE_ARGS`` holds further arguments for CMake, for this build alone, such as ``-DDEEP_EP_SANITIZE=address`` or
-``-DDEEP_EP_WERROR=ON``.
+``DEEP_EP_CUDA`` is ``auto`` (the default), ``on`` (no nvcc is an error) or ``off``. ``CMAKE_ARGS`` holds further
+arguments for CMake, for this build alone, such as ``-DDEEP_EP_SANITIZE=address`` or ``-DDEEP_EP_WERROR=ON``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+CUDA_LIBRARY = Path("lib", "libdeep_ep_cuda.so")
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
 
 
@@ -44,6 +46,14 @@ def discard_foreign_cache() -> None:
         shutil.rmtree(BUILD)
 
 
+def replace_with(target: Path, source: Path) -> None:
+    """A running process may have the old file mapped: replace it, never write into it."""
+    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copyfile(source, staged)
+    staged.chmod(0o755)
+    staged.replace(target)
+
+
 class BuildExtension(build_ext):
     """Runs CMake in a folder of the source tree that outlives the command, so that a second build is incremental."""
 
@@ -60,17 +70,22 @@ class BuildExtension(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-UDEEP_EP_*",  # what an earlier build was told
+            f"-DDEEP_EP_CUDA={os.environ.get('DEEP_EP_CUDA') or 'auto'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         run(configure)
-        run([cmake, "--build", str(BUILD), "--target", "_C"])
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A running process may have the old file mapped: replace it, never write into it.
-        staged = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copyfile(BUILD / target.name, staged)
-        staged.chmod(0o755)
-        staged.replace(target)
+        run([cmake, "--build", str(BUILD), "--target", "deep_ep_package"])
+        made = BUILD / "package"
+        shutil.rmtree(made, ignore_errors=True)  # an earlier build may have been told to make more
+        run([cmake, "--install", str(BUILD), "--component", "package", "--prefix", str(made)])
+        folder = Path(self.get_ext_fullpath(ext.name)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in made.rglob("*.so"):
+            target = folder / file.relative_to(made)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            replace_with(target, file)
+        if not (made / CUDA_LIBRARY).exists():
+            (folder / CUDA_LIBRARY).unlink(missing_ok=True)
 
 
 class BuildPackage(build_py):

@@ -122,7 +122,7 @@ class Cases:
         around = _node(ops.dispatch._kernel)
 
         def spec() -> Any:
-            rows, _ = validate.tokens(x)
+            rows, _ = validate.tokens(x, engine.device)
             spec = requests.dispatch_along(
                 requests.check_plan(plan), rows, w, (torch.float32, torch.float64), fixed=True
             )

@@ -11,7 +11,10 @@ set_source_files_properties(${kernel_sources} PROPERTIES LANGUAGE CXX COMPILE_OP
 add_library(deep_ep_emulated OBJECT ${simt_sources})
 target_compile_definitions(deep_ep_emulated PUBLIC DEEP_EP_SIMT)
 target_include_directories(deep_ep_emulated PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/tests)
-target_compile_options(deep_ep_emulated PRIVATE -Wno-unknown-pragmas) # nvcc's `#pragma unroll`
+# nvcc's `#pragma unroll`; and what the optimizer thinks of registers that are loaded and stored under one condition, and
+# of devices' memory that tests make of plain numbers.
+target_compile_options(deep_ep_emulated PUBLIC
+  -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized -Wno-stringop-overflow -Wno-array-bounds)
 target_link_libraries(deep_ep_emulated PUBLIC deep_ep_options ${CMAKE_DL_LIBS})
 
 add_library(deep_ep_simt SHARED)

@@ -27,6 +27,7 @@ from .errors import (
     EPTimeoutError,
 )
 from .event import EventHandle, EventOverlap
+from .fp8 import cast_rows
 from .handle import EPHandle
 from .settings import Settings
 from .types import topk_idx_t
@@ -46,6 +47,7 @@ __all__ = [
     "EventOverlap",
     "PlanHandle",
     "Settings",
+    "cast_rows",
     "combine",
     "dispatch",
     "get_logical_domain_size",

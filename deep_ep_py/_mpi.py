@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ._mpi_duplicate import HEADER, Duplicate, abandoned
-from ._rows import ExitWatch, as_bytes, first_line, pauses, peer_error, timeout_error
+from ._rows import CPU, ExitWatch, RowChannel, StagedRows, as_bytes, first_line, pauses, peer_error, timeout_error
 from .errors import EPArgumentError, EPBackendUnavailableError, EPMismatchError, EPPeerError, EPTimeoutError
 
 __all__ = ["MpiCommunicator", "MpiRows", "is_mpi", "mpi_communicator"]
@@ -91,6 +91,8 @@ class MpiCommunicator:
     library, the job is aborted by the launcher, or all later calls over that communicator raise.
     """
 
+    carries_cuda = False
+
     def __init__(self, duplicate: Duplicate, members: Sequence[int]) -> None:
         self._duplicate = duplicate
         self._members = tuple(members)  # rank -> rank in the duplicate
@@ -129,7 +131,12 @@ class MpiCommunicator:
             raise EPMismatchError(message, field="step", values=values, op="construct", phase=what)
         return list(payloads)
 
-    def open_rows(self, *, timeout: float) -> MpiRows:
+    def open_rows(self, *, timeout: float, device: torch.device = CPU) -> RowChannel:
+        """Rows on a GPU travel by way of CPU memory: not every MPI library can read theirs."""
+        rows = self.open_pairs(timeout=timeout)
+        return rows if device.type == "cpu" else StagedRows(rows, CPU)
+
+    def open_pairs(self, *, timeout: float) -> MpiRows:
         """Agree on a tag that none of the ranks has used: failed constructions may have drawn unequal numbers."""
         proposed = self.exchange(b"%d" % self._duplicate.next_tag, timeout=timeout, what="rows over MPI")
         tag = max(map(int, proposed))
@@ -137,10 +144,6 @@ class MpiCommunicator:
             raise _unavailable(f"all {self._duplicate.last_tag} tags of this MPI library are used up; restart the job")
         self._duplicate.next_tag = tag + 1
         return MpiRows(self._duplicate, self._members, self.rank, tag, timeout)
-
-    def open_pairs(self, *, timeout: float) -> MpiRows:
-        """The same: MPI's messages go from rank to rank anyway."""
-        return self.open_rows(timeout=timeout)
 
     def close(self) -> None:
         """Nothing is held; the duplicate serves the next buffers."""

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from ._board import Board
 from .errors import EPPeerError, EPTimeoutError
 
+CPU = torch.device("cpu")
+
 _EXIT_SECONDS = 5.0  # how long an operation in the background may hold up the interpreter's exit
 _SURVIVOR_SECONDS = 1.0  # after a failure: how long a rank may take to say that it is still there
 
@@ -33,7 +35,8 @@ class RowChannel(Protocol):
     ) -> None:
         """Split ``input`` along dim 0, part r to rank r; ``output`` is what came, by rank.
 
-        Contiguous CPU tensors of any dtype, equal on all ranks but for dim 0. Waits with a deadline, answers Ctrl-C.
+        Contiguous tensors on the channel's device, of any dtype, equal on all ranks but for dim 0. Returns when the
+        rows have come; waits with a deadline, answers Ctrl-C.
 
         Raises:
             EPTimeoutError, EPPeerError: ``ranks`` did not come or are gone, as far as this can be found out (empty
@@ -120,17 +123,19 @@ class ThreadRows:
 
 
 class TorchRows:
-    """Rows over ``alltoall_base`` of a process group that nobody else uses."""
+    """Rows over ``alltoall_base`` of a process group that nobody else uses. Of gloo's, whose own deadline ends a wait,
+    and whose sockets tell of a peer that is gone; :class:`._nccl.NcclRows` has neither.
+    """
 
-    def __init__(
-        self, group: Any, rank: int, size: int, timeout: float, *, store: Any = None, device: str = "cpu"
-    ) -> None:
+    _patience = float("inf")  # seconds after which a wait gives up by itself
+    _parting_seconds = 0.0  # how long an operation may still complete that a peer has left
+
+    def __init__(self, group: Any, rank: int, size: int, timeout: float, *, store: Any = None) -> None:
         self._group = group
         self._rank = rank
         self._size = size
         self._timeout = timeout
         self._board = None if store is None else Board(store)
-        self._device = device
         self._work: Any = None  # under way
         self._failure: Callable[[], EPPeerError | EPTimeoutError] | None = None
 
@@ -147,7 +152,7 @@ class TorchRows:
         return cls(group, rank, size, timeout, store=store)
 
     @classmethod
-    def of_new_group(cls, group: Any, timeout: float) -> TorchRows:
+    def of_new_group(cls, group: Any, timeout: float) -> RowChannel:
         """A duplicate of ``group`` by torch's own means; rows pass through the device that its backend wants."""
         own: Any = dist.new_group(
             ranks=dist.get_process_group_ranks(group),
@@ -156,26 +161,21 @@ class TorchRows:
             use_local_synchronization=True,
         )
         devices = {d.type for d in own._device_types}
-        device = "cpu" if "cpu" in devices or not devices else devices.pop()
-        return cls(own, group.rank(), group.size(), timeout, device=device)
+        rows = cls(own, group.rank(), group.size(), timeout)
+        return rows if "cpu" in devices or not devices else StagedRows(rows, torch.device(devices.pop()))
 
     def all_to_all_single(
         self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
     ) -> None:
         if self._failure is not None:
             raise self._failure()
-        source, target = as_bytes(input), as_bytes(output)
-        if self._device != "cpu":
-            source, target = source.to(self._device), torch.empty_like(target, device=self._device)
         try:
-            self._work = self._group.alltoall_base(target, source, output_splits, input_splits)
+            self._work = self._group.alltoall_base(as_bytes(output), as_bytes(input), output_splits, input_splits)
             self._wait_for(self._work)
             self._work = None
         except RuntimeError as e:
             self._failure = self._failure or self._explain(first_line(e))
             raise self._failure() from e
-        if self._device != "cpu":
-            as_bytes(output).copy_(target)
 
     def close(self) -> None:
         group, self._group = self._group, None
@@ -192,18 +192,27 @@ class TorchRows:
             dist.destroy_process_group(group)
 
     def _wait_for(self, work: Any) -> None:
-        """Wait in slices: Work.wait() would not answer Ctrl-C. The group's own deadline ends it."""
+        """Wait in slices: Work.wait() would not answer Ctrl-C."""
         exiting = ExitWatch()
         marks = [f"left/{r}" for r in range(self._size)]
-        for _ in pauses(float("inf"), first=2e-5, longest=1e-3):
+        parted = 0.0
+        for _ in pauses(self._patience, first=2e-5, longest=1e-3):
             if work.is_completed():
                 break
             if exiting():
                 raise RuntimeError("the interpreter exits while a peer is waited for")
             if self._board is not None and (found := self._board.look(marks)):
-                left = [r for r, mark in enumerate(marks) if mark in found]
-                self._failure = partial(peer_error, left, "left in the middle of an operation")
-                raise RuntimeError("a peer left")
+                parted = parted or time.monotonic()
+                if time.monotonic() - parted >= self._parting_seconds:
+                    left = [r for r, mark in enumerate(marks) if mark in found]
+                    self._failure = partial(peer_error, left, "left in the middle of an operation")
+                    raise RuntimeError("a peer left")
+        else:
+            raise RuntimeError("timed out")
+        self._conclude(work)
+
+    def _conclude(self, work: Any) -> None:
+        """Raises RuntimeError: what a complete work failed of."""
         work.wait()
 
     def _leave(self) -> None:
@@ -225,6 +234,27 @@ class TorchRows:
         if says_timeout(reason):
             return partial(timeout_error, missing, self._timeout, reason)
         return partial(peer_error, missing, reason)
+
+
+class StagedRows:
+    """Rows that lie on one device and travel over a channel of another: of a GPU over gloo, MPI or threads by way of
+    the host's memory; of a CPU over a group that knows GPUs only. Each copy waits for the device."""
+
+    def __init__(self, channel: RowChannel, device: torch.device) -> None:
+        """``device``: where ``channel`` wants its tensors."""
+        self._channel = channel
+        self._device = device
+
+    def all_to_all_single(
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
+    ) -> None:
+        # As bytes: of them every device has copies.
+        target = torch.empty(as_bytes(output).shape, dtype=torch.uint8, device=self._device)
+        self._channel.all_to_all_single(target, as_bytes(input).to(self._device), output_splits, input_splits)
+        as_bytes(output).copy_(target)
+
+    def close(self) -> None:
+        self._channel.close()
 
 
 def prefixed(prefix: str, store: Any) -> Any:

@@ -11,7 +11,8 @@ routed twice. Every call is collective over the buffer's group, forth and back: 
 tokens. Each is an operator of torch (`ops.py`): it works under ``torch.compile(fullgraph=True)`` and in checkpointed
 regions; what must not be repeated in a recomputation is ``plan`` (``torch.ops.deep_ep_py.plan.default``).
 
-Shapes: T tokens of this rank, K slots, H hidden, E experts, N received tokens, D expanded rows; ``rows`` is N or D.
+Shapes: T tokens of this rank, K slots, H hidden, E experts, N received tokens, D expanded rows; ``rows`` is N or D. All
+tensors are on the buffer's device.
 Errors are those of :class:`.ElasticBuffer`: refused arguments are refused on every rank, and the buffer stays usable.
 """
 
@@ -124,7 +125,7 @@ def plan(
             gradients.
         num_max_tokens_per_rank: M, at least T, equal on all ranks; default: the buffer's.
         do_cpu_sync: exact numbers of rows; else the worst case for M, valid rows first, zeros behind: sizes are then
-            static for compilers.
+            static for compilers. On a GPU the host waits for exact numbers, and only for those.
 
     Raises:
         EPArgumentError, EPMismatchError: on every rank, nothing has moved, the buffer stays usable.

@@ -10,18 +10,16 @@ import torch
 from . import validate
 from .choice import BackendInfo
 from .communicator import communicator_of
-from .config import Config
+from .config import Config, cuda_kernels_built
 from .engine import Engine
 from .errors import EPArgumentError
-from .event import EventHandle, EventOverlap, completions
-from .handle import pack_v1, pack_v1_internode, unpack_v1
-from .layout import dispatch_layout
-from .requests import MAX_ALIGNMENT
+from .event import EventHandle, EventOverlap, behind, completions
+from .handle import pack_v1, pack_v1_internode
+from .layout import align, dispatch_layout, layout_on_device
+from .plans import Plan
+from .requests import RequestsV1, Tokens
 from .settings import Settings
 from .traffic import Traffic
-from .types import CombineSpec, DispatchSpec, ExpertPlacement
-
-Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class Buffer:
@@ -37,6 +35,8 @@ class Buffer:
         settings: instead of those of the environment.
         num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy, enable_shrink, use_fabric,
             num_nvl_peers: accepted; they mean nothing here.
+
+    ``device`` is where every tensor of a call must be, and where results are.
 
     Construction is collective over the group. Results belong to the caller and outlive the buffer.
 
@@ -88,11 +88,16 @@ class Buffer:
             timeout_seconds=chosen.timeout_seconds,
             refused=refused,
         )
-        self._placements: dict[int, ExpertPlacement] = {}
+        self.device = self._engine.device
+        info = self._engine.info
+        self._requests = RequestsV1(
+            self.rank, self.group_size, None if info.num_hops == 1 else info.domains, self.device
+        )
 
     @classmethod
     def set_num_sms(cls, new_num_sms: int) -> None:
-        """Set the default of ``config.num_sms`` for all buffers, an even number: at most so many copy threads.
+        """Set the default of ``config.num_sms`` for all buffers, an even number: at most so many copy threads, on a GPU
+        multiprocessors.
 
         Raises:
             EPArgumentError: odd or negative.
@@ -103,12 +108,13 @@ class Buffer:
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Whether Hopper kernels are in this build: no."""
-        return False
+        """Whether CUDA kernels are in this build; those for Hopper are among them."""
+        return cuda_kernels_built()
 
     @staticmethod
     def capture() -> EventOverlap:
-        """The present point in the caller's order of operations; on a CPU it has passed already."""
+        """The present point in the caller's order of operations: in a program that uses CUDA, of the current stream; on
+        a CPU it has passed already."""
         return EventOverlap(EventHandle())
 
     @staticmethod
@@ -133,9 +139,9 @@ class Buffer:
         validate.whole("num_ranks", num_ranks, 1)
         return -(-2 * experts * tokens * width // 128) * 128 + 128
 
-    def get_comm_stream(self) -> torch.cpu.Stream:
-        """The communication stream; on a CPU, torch's stand-in for one."""
-        return torch.cpu.Stream()
+    def get_comm_stream(self) -> Any:
+        """The communication stream: torch.cuda.Stream; on a CPU, torch's stand-in for one."""
+        return self._engine.comm_stream()
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: Sequence[int] | None = None, offset: int = 0, use_rdma_buffer: bool = False
@@ -185,24 +191,30 @@ class Buffer:
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
-        """Count where tokens go; local, no communication.
+        """Count where tokens go; local, no communication. On a GPU the host waits for nothing.
 
         Args:
-            topk_idx: [T, K] int64, -1 for no expert. num_experts: E, over all ranks.
+            topk_idx: [T, K] int64 on the buffer's device, -1 for no expert. num_experts: E, over all ranks.
 
         Returns:
             num_tokens_per_rank [R] int32, num_tokens_per_rdma_rank [D] int32 (None where rows take one hop),
             num_tokens_per_expert [E] int32 (slots), is_token_in_rank [T, R] bool, event (complete).
 
         Raises:
-            EPArgumentError: wrong dtype or shape, or an expert id outside [-1, E).
+            EPArgumentError: wrong dtype, shape or device; on a CPU also an expert id outside [-1, E). On a GPU such an
+                id counts as none here, and is refused by the dispatch that is given it.
         """
-        for event in completions(previous_event):
+        device, placements = self.device, self._requests.placements
+        for event in completions(previous_event, streams=self.device.type != "cpu"):
             event.wait()
-        topk_idx = validate.tensor("topk_idx", topk_idx, torch.int64, (None, None))
-        placement = self._placement(validate.whole("num_experts", num_experts, 1))
-        per_rank, per_expert, in_rank = dispatch_layout(topk_idx, placement, self.group_size)
-        per_domain = self._tokens_per_domain(in_rank)
+        topk_idx = validate.tensor("topk_idx", topk_idx, device, torch.int64, (None, None))
+        num_experts = validate.whole("num_experts", num_experts, 1)
+        if topk_idx.is_cpu:
+            found = dispatch_layout(topk_idx, placements.of(num_experts), self.group_size)
+        else:
+            found = layout_on_device(topk_idx, placements.ranks_on(device, num_experts), self.group_size)
+        per_rank, per_expert, in_rank = found
+        per_domain = self._requests.tokens_per_domain(in_rank)
         return per_rank, per_domain, per_expert, in_rank, EventOverlap(EventHandle() if async_finish else None)
 
     def dispatch(
@@ -225,16 +237,21 @@ class Buffer:
         """Send every token to the ranks that own its experts.
 
         Args:
-            x: [T, H] of any dtype, or ([T, H] fp8, [T, S] scale factors of 4 bytes).
+            x: [T, H] of any dtype, or ([T, H] fp8, [T, S] scale factors of 4 bytes). All tensors of a call are on the
+                buffer's device, and so are the results.
             handle: of an earlier dispatch, whose routing is repeated (then no layout and no top-k).
             num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert: from
                 :meth:`get_dispatch_layout`; the second may be left out, and is checked where rows take two hops.
             topk_idx: [T, K] int64, topk_weights: [T, K] float32; both or neither.
             expert_alignment: counts per expert are rounded up to a multiple of it; at most 65536.
             num_worst_tokens: rows of all outputs, fixed in advance; tail rows have ``recv_topk_idx`` -1.
-            config: ``num_sms`` bounds the copy threads.
+            config: ``num_sms`` bounds the copy threads, on a GPU the multiprocessors.
             previous_event: waited for before anything is published. async_finish: return before rows have arrived; wait
-                for the event. allocate_on_comm_stream: accepted.
+                for the event. allocate_on_comm_stream: on a GPU, results are allocated on the communication stream,
+                which waits for ``previous_event`` alone.
+
+        On a GPU the host waits for the counts, unless there is a handle or ``num_worst_tokens``: such calls can be
+        captured in a CUDA graph.
 
         Returns:
             recv_x [N, H] (or the pair with [N, S] row-major), sorted by source rank and token; recv_topk_idx [N, K]
@@ -245,28 +262,35 @@ class Buffer:
             EPArgumentError, EPMismatchError: on every rank, nothing has moved, the buffer stays usable.
             EPTimeoutError, EPPeerError: the buffer is poisoned.
         """
-        with self._engine.refusing("dispatch"):
-            spec = self._dispatch_spec(
-                x, handle, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights,
-                expert_alignment, num_worst_tokens, config,
-            )  # fmt: skip
-            if spec.is_token_in_rank is not None:
-                self._check_domains(num_tokens_per_rdma_rank, spec.is_token_in_rank)
-            previous = completions(previous_event)
-        got, event = self._engine.dispatch(spec, background=bool(async_finish), previous=previous)
+        engine, num_sms = self._engine, self._num_sms(config)
+        with engine.refusing("dispatch"):
+            if handle is not None:
+                spec = self._requests.cached_dispatch(x, topk_idx, topk_weights, handle, num_sms)
+            else:
+                spec = self._requests.dispatch(
+                    x, num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert, topk_idx,
+                    topk_weights, expert_alignment, num_worst_tokens, num_sms,
+                )  # fmt: skip
+            previous = completions(previous_event, streams=self.device.type != "cpu")
+        got, event = engine.dispatch(
+            spec,
+            background=bool(async_finish),
+            previous=previous,
+            on_comm_stream=bool(allocate_on_comm_stream),
+        )
         recv_x = got.recv_x if got.recv_sf is None else (got.recv_x, got.recv_sf)
         if handle is not None:
             return recv_x, None, None, None, None, event
         assert spec.is_token_in_rank is not None
         assert got.recv_meta is not None
-        counts: list[int] = [] if num_worst_tokens else got.plan.expert_counts.tolist()
+        counts = got.num_recv_tokens_per_expert
+        if num_worst_tokens:
+            counts = []
+        elif counts is None:
+            counts = got.plan.expert_counts.tolist()
         if expert_alignment > 1:
-            counts = [-(-n // expert_alignment) * expert_alignment for n in counts]
-        domains = self._engine.info.logical_domains
-        if got.plan.num_domains:
-            new_handle = pack_v1_internode(got.plan, got.recv_meta, spec.is_token_in_rank, domains)
-        else:
-            new_handle = pack_v1(got.plan, got.recv_meta, spec.is_token_in_rank)
+            counts = [align(n, expert_alignment) for n in counts]
+        new_handle = self._pack(got.plan, got.recv_meta, spec.is_token_in_rank, event)
         return recv_x, got.recv_topk_idx, got.recv_topk_weights, counts, new_handle, event
 
     def combine(
@@ -296,100 +320,30 @@ class Buffer:
             EPTimeoutError, EPPeerError: the buffer is poisoned.
         """
         with self._engine.refusing("combine"):
-            plan = unpack_v1(handle, self.rank, self.group_size)
-            y = validate.combine_rows(x, plan.num_output_rows, "dispatch")
-            spec = CombineSpec(
-                y=y,
-                plan=plan,
-                weights=None
-                if topk_weights is None
-                else validate.tensor("topk_weights", topk_weights, torch.float32, (plan.num_output_rows, None)),
-                bias=validate.biases(bias, y, plan.num_tokens),
-                max_threads=self._num_sms(config),
-            )
-            previous = completions(previous_event)
-        got, event = self._engine.combine(spec, background=bool(async_finish), previous=previous)
+            spec = self._requests.combine(x, handle, topk_weights, bias, self._num_sms(config))
+            previous = completions(previous_event, streams=self.device.type != "cpu")
+        got, event = self._engine.combine(
+            spec,
+            background=bool(async_finish),
+            previous=previous,
+            on_comm_stream=bool(allocate_on_comm_stream),
+        )
         return got.combined_x, got.combined_topk_weights, event
 
-    def _dispatch_spec(
-        self,
-        x: Tokens,
-        handle: tuple[Any, ...] | None,
-        num_tokens_per_rank: torch.Tensor | None,
-        is_token_in_rank: torch.Tensor | None,
-        num_tokens_per_expert: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        expert_alignment: int,
-        num_worst_tokens: int,
-        config: Config | None,
-    ) -> DispatchSpec:
-        rows, sf = validate.tokens(x)
-        num_tokens, num_ranks = rows.shape[0], self.group_size
-        if handle is not None:
-            if topk_idx is not None or topk_weights is not None:
-                raise EPArgumentError.of(
-                    "topk_idx", "None beside a handle (a cached dispatch moves rows only)", "a tensor"
-                )
-            plan = unpack_v1(handle, self.rank, num_ranks)
-            if plan.num_tokens != num_tokens:
-                raise EPArgumentError.of("x", f"{plan.num_tokens} tokens, as the handle's dispatch", num_tokens)
-            return DispatchSpec(
-                x=rows,
-                sf=sf,
-                layout="rank",
-                plan=plan,
-                num_worst_tokens=plan.num_output_rows,
-                max_threads=self._num_sms(config),
-            )
-        if (topk_idx is None) != (topk_weights is None):
-            raise EPArgumentError.of("topk_weights", "both topk_idx and topk_weights, or neither", "one of them")
-        worst = validate.whole("num_worst_tokens", num_worst_tokens, 0)
-        if topk_idx is not None:
-            topk_idx = validate.tensor("topk_idx", topk_idx, torch.int64, (num_tokens, None))
-            topk_weights = validate.tensor("topk_weights", topk_weights, torch.float32, tuple(topk_idx.shape))
-        elif worst:
-            raise EPArgumentError.of("topk_idx", "a tensor where num_worst_tokens is given", None)
-        per_expert = validate.tensor("num_tokens_per_expert", num_tokens_per_expert, torch.int32, (None,))
-        if per_expert.numel() == 0:
-            raise EPArgumentError.of("num_tokens_per_expert", "one count for each expert", "an empty tensor")
-        return DispatchSpec(
-            x=rows,
-            sf=sf,
-            layout="rank",
-            topk_idx=topk_idx,
-            topk_weights=topk_weights,
-            is_token_in_rank=validate.tensor("is_token_in_rank", is_token_in_rank, torch.bool, (num_tokens, num_ranks)),
-            num_tokens_per_rank=validate.tensor("num_tokens_per_rank", num_tokens_per_rank, torch.int32, (num_ranks,)),
-            num_tokens_per_expert=per_expert,
-            placement=self._placement(per_expert.numel()),
-            mask_weights=True,
-            expert_alignment=validate.whole("expert_alignment", expert_alignment, 1, MAX_ALIGNMENT),
-            num_worst_tokens=worst or None,
-            max_threads=self._num_sms(config),
-        )
+    def _pack(
+        self, plan: Plan, recv_src_idx: torch.Tensor, in_rank: torch.Tensor, event: EventOverlap
+    ) -> tuple[Any, ...]:
+        """The handle, which is read from a plan that a background call may still be writing."""
+        domains = self._engine.info.logical_domains
 
-    def _tokens_per_domain(self, in_rank: torch.Tensor) -> torch.Tensor | None:
-        """[D] int32; None where rows take one hop."""
-        if self._engine.info.num_hops == 1:
-            return None
-        domains = self._engine.info.domains
-        return torch.stack([in_rank[:, list(ranks)].any(1).sum(dtype=torch.int32) for ranks in domains])
+        def pack() -> tuple[Any, ...]:
+            if plan.num_domains:
+                return pack_v1_internode(plan, recv_src_idx, in_rank, domains)
+            return pack_v1(plan, recv_src_idx, in_rank)
 
-    def _check_domains(self, claimed: Any, in_rank: torch.Tensor) -> None:
-        counted = self._tokens_per_domain(in_rank)
-        if counted is None or claimed is None:
-            return
-        given = validate.tensor("num_tokens_per_rdma_rank", claimed, torch.int32, (counted.numel(),))
-        if not torch.equal(given, counted):
-            expected = f"{counted.tolist()}, as counted in is_token_in_rank"
-            raise EPArgumentError.of("num_tokens_per_rdma_rank", expected, given.tolist())
-
-    def _placement(self, num_experts: int) -> ExpertPlacement:
-        placement = self._placements.get(num_experts)
-        if placement is None:
-            placement = self._placements[num_experts] = ExpertPlacement.contiguous(num_experts, self.group_size)
-        return placement
+        if plan.num_rows >= 0:
+            return pack()
+        return tuple(behind(event, self._engine.comm_stream(), pack, uses=(plan.packed, in_rank)))
 
     def _num_sms(self, config: Config | None) -> int:
         return config.num_sms if config is not None else self.num_sms

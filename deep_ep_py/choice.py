@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ._pairs import PairChannel
-from .backends import _cuda_library
+from .backends import _cuda_library, hybrid
 from .backends._domains import Domains, group_by_domain
 from .backends.base import Backend
 from .backends.collective import CollectiveBackend
@@ -96,7 +96,7 @@ def device_of(settings: Settings, communicator: Communicator) -> torch.device:
     """Where a buffer's tensors lie; see ``Settings.device``. CUDA is not touched by a program that does not use it."""
     wanted = "cuda" if settings.backend == "cuda_peer" else settings.device
     if wanted == "auto":
-        wanted = "cuda" if getattr(communicator, "carries_cuda", False) or torch.cuda.is_initialized() else "cpu"
+        wanted = "cuda" if communicator.carries_cuda or torch.cuda.is_initialized() else "cpu"
     if wanted == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
@@ -135,11 +135,13 @@ def _open_cuda_peer(c: Construction) -> Backend:
 
 
 def _open_collective(c: Construction) -> Backend:
-    return CollectiveBackend(c.communicator, c.settings)
+    return CollectiveBackend(c.communicator, c.settings, device=c.device)
 
 
 def _open_hybrid(c: Construction) -> Backend:
     members = domains_of(c.hosts)
+    if why := hybrid.unavailable_because(c.device):
+        raise _refuse("hybrid", why)
     if not c.allow_hybrid_mode:
         raise _refuse("hybrid", "allow_hybrid_mode is off")
     if len({len(ranks) for ranks in members}) > 1:

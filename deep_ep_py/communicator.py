@@ -14,11 +14,24 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 import torch.distributed as dist
 
 from ._mpi import is_mpi, mpi_communicator
+from ._nccl import NcclRows, has_nccl
 from ._pairs import PairChannel, ThreadPairs, TorchPairs
-from ._rows import RowChannel, ThreadMeeting, ThreadRows, TorchRows, first_line, name_ranks, pauses, prefixed
+from ._rows import (
+    CPU,
+    RowChannel,
+    StagedRows,
+    ThreadMeeting,
+    ThreadRows,
+    TorchRows,
+    first_line,
+    name_ranks,
+    pauses,
+    prefixed,
+)
 from .errors import EPArgumentError, EPBackendUnavailableError, EPMismatchError, EPPeerError, EPTimeoutError
 
 __all__ = ["Communicator", "RowChannel", "ThreadCommunicator", "TorchCommunicator", "communicator_of", "thread_world"]
@@ -32,6 +45,7 @@ class Communicator(Protocol):
 
     rank: int
     size: int
+    carries_cuda: bool  # made for tensors on GPUs: where a buffer's tensors lie, unless something else is said
 
     def session(self) -> Communicator:
         """The same ranks, for another construction: every buffer takes one, in the same order on every rank."""
@@ -46,10 +60,10 @@ class Communicator(Protocol):
             EPPeerError: the store cannot be reached any more.
         """
 
-    def open_rows(self, *, timeout: float) -> RowChannel:
+    def open_rows(self, *, timeout: float, device: torch.device = CPU) -> RowChannel:
         """A channel of its own that never interleaves with the user's collectives. Collective, after an exchange.
 
-        ``timeout`` (seconds) bounds the opening and each of the channel's operations.
+        ``timeout`` (seconds) bounds the opening and each of the channel's operations; ``device``: of its tensors.
         """
 
     def open_pairs(self, *, timeout: float) -> PairChannel:
@@ -98,6 +112,8 @@ class _StoreCommunicator:
     Python object and a rank that came late, and no module needs state. Round r of construction n lives under ``n/r``.
     Whether a round is complete or abandoned is decided once for all ranks, by whoever draws the round's first ticket.
     """
+
+    carries_cuda = False
 
     def __init__(self, store: Any, rank: int, size: int, names: Sequence[int] = ()) -> None:
         self.rank = rank
@@ -209,6 +225,7 @@ class TorchCommunicator(_StoreCommunicator):
         if not dist.is_available():
             raise EPArgumentError.of("group", "a torch build with torch.distributed, or a Communicator", type(group))
         self.group = group
+        self.carries_cuda = has_nccl(group, torch.device("cuda"))
         if part is not None:
             store, rank, names = part
             super().__init__(store, rank, len(names), names)
@@ -226,8 +243,14 @@ class TorchCommunicator(_StoreCommunicator):
         dist.all_gather_object(received, payload, group=self.group)
         return received
 
-    def open_rows(self, *, timeout: float) -> RowChannel:
-        """Rows over gloo, whatever the group's own backend is: they lie in CPU memory."""
+    def open_rows(self, *, timeout: float, device: torch.device = CPU) -> RowChannel:
+        """Rows in CPU memory over gloo, whatever the group's own backend is. Rows on a GPU over NCCL where the group
+        has it for that device, else by way of CPU memory."""
+        if device.type != "cpu":
+            if self._store is not None and has_nccl(self.group, device):
+                store = prefixed(self._channel_key(), self._store)
+                return NcclRows.of_store(store, self.rank, self.size, timeout, device)
+            return StagedRows(self.open_rows(timeout=timeout), CPU)
         try:
             if self._store is None or not dist.is_gloo_available():
                 return TorchRows.of_new_group(self.group, timeout)
@@ -264,9 +287,10 @@ class ThreadCommunicator(_StoreCommunicator):
     def session(self) -> ThreadCommunicator:
         return ThreadCommunicator(self._world, self.rank, self.names)
 
-    def open_rows(self, *, timeout: float) -> RowChannel:
+    def open_rows(self, *, timeout: float, device: torch.device = CPU) -> RowChannel:
         meeting = self._world.meeting(self._channel_key(), self.size)
-        return ThreadRows(meeting, self.rank, self.size, timeout)
+        rows = ThreadRows(meeting, self.rank, self.size, timeout)
+        return rows if device.type == "cpu" else StagedRows(rows, CPU)
 
     def open_pairs(self, *, timeout: float) -> PairChannel:
         meeting = self._world.meeting(self._channel_key(), self.size)

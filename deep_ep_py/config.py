@@ -1,4 +1,4 @@
-"""V1's ``Config``. On a CPU its chunk sizes mean nothing; they are checked and kept, so that programs run unchanged."""
+"""V1's ``Config``. Its chunk sizes mean nothing here; they are checked and kept, so that programs run unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Config:
     """Performance knobs of V1's dispatch and combine.
 
     Args:
-        num_sms: upper bound of copy threads on a CPU.
+        num_sms: upper bound of copy threads on a CPU, of multiprocessors on a GPU; 0: the backend's choice.
         num_max_nvl_chunked_send_tokens, num_max_nvl_chunked_recv_tokens: chunks inside a domain; the first is smaller.
         num_max_rdma_chunked_send_tokens, num_max_rdma_chunked_recv_tokens: chunks across domains; the first is smaller,
             the second is rounded up to a multiple of the first.
@@ -56,3 +56,10 @@ def _chunks(kind: str, send: int, recv: int) -> tuple[int, int]:
     if send >= recv:
         raise EPArgumentError.of(f"num_max_{kind}_chunked_send_tokens", f"below the receive chunk, {recv}", send)
     return send, recv
+
+
+def cuda_kernels_built() -> bool:
+    """Whether this build has CUDA kernels; says nothing of a GPU."""
+    from .backends import _cuda_library
+
+    return _cuda_library.built()

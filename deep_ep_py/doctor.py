@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from . import _C
+from .backends import _cuda_library
 from .engine import num_cores
 from .errors import EPError
 from .settings import Settings, available_memory_bytes
@@ -88,8 +89,8 @@ def diagnose(num_ranks: int = 2, timeout_seconds: float = 60.0) -> Report:
     _cores(report, num_ranks)
     _memory(report)
     settings = _settings(report)
-    _round_trips(report, settings, num_ranks, timeout_seconds)
-    _later(report)
+    gpus = not _gpus(report)
+    _round_trips(report, settings, num_ranks, timeout_seconds, gpus)
     return report
 
 
@@ -171,21 +172,26 @@ def _settings(report: Report) -> Settings | None:
     return settings
 
 
-def _later(report: Report) -> None:
+def _gpus(report: Report) -> str:
+    """Why GPUs cannot be used, empty if they can."""
     devices = sorted(p.name for p in Path("/dev").glob("nvidia[0-9]*"))
     count = max(torch.cuda.device_count(), len(devices))
-    text = f"{count} present, not used: this version moves rows between CPUs only" if count else "none found"
-    report.add("not there yet", "GPUs", "info", text)
-    text = "rows between hosts travel from CPU memory, over gloo or MPI; docs/multi-node.md"
-    report.add("not there yet", "NCCL with device tensors", "info", text)
+    report.add("GPUs", "GPUs", "info", f"{count} present" if count else "none found")
+    built = _cuda_library.built()
+    report.add("GPUs", "kernels", "info", f"built: {_cuda_library.path()}" if built else "not in this build")
+    why = _cuda_library.unavailable_because(0)
+    if count:
+        remedy = "" if not why else "install with nvcc on PATH (DEEP_EP_CUDA=on says what is missing), and a driver"
+        report.add("GPUs", "cuda_peer", "warn" if why else "ok", why or "can be tried", remedy)
+    return why
 
 
 # --- trials -------------------------------------------------------------------------------------------------------
 
 
-def _round_trips(report: Report, settings: Settings | None, num_ranks: int, seconds: float) -> None:
+def _round_trips(report: Report, settings: Settings | None, num_ranks: int, seconds: float, gpus: bool) -> None:
     default = (settings or Settings()).backend
-    names = list(dict.fromkeys((default, *BACKENDS)))
+    names = list(dict.fromkeys((default, *BACKENDS, *(["cuda_peer"] if gpus else []))))
     section = (
         f"round trips ({num_ranks} ranks, {TOKENS} x {HIDDEN} bf16 tokens each, top-{TOPK} of {EXPERTS}; median time)"
     )

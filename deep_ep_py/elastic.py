@@ -10,10 +10,12 @@ import torch
 from . import validate
 from .choice import BackendInfo, sizes
 from .communicator import communicator_of
+from .config import Config
 from .engine import Engine
 from .errors import EPArgumentError, EPError
-from .event import EventHandle, EventOverlap, completions
+from .event import CompletionEvent, EventHandle, EventOverlap, behind, completions
 from .handle import EPHandle
+from .plans import Plan
 from .registry import register
 from .requests import Requests, Tokens
 from .settings import Settings
@@ -43,6 +45,8 @@ class ElasticBuffer:
             explicitly_destroy: accepted; they mean nothing here.
 
     ``number`` is the buffer's number in this process, by which operators are told it.
+
+    ``device`` is where every tensor of a call must be, and where results are.
 
     Construction is collective over the group. Results belong to the caller and outlive the buffer.
 
@@ -122,13 +126,18 @@ class ElasticBuffer:
             allow_hybrid_mode=self.allow_hybrid_mode,
             refused=refused,
         )
+        self.device = self._engine.device
         domains = self._engine.info.logical_domains
         self.scaleout_rank_idx = next(i for i, ranks in enumerate(domains) if self.rank_idx in ranks)
         self.scaleup_rank_idx = domains[self.scaleout_rank_idx].index(self.rank_idx)
         self.num_scaleout_ranks = self.num_rdma_ranks = len(domains)
         self.num_scaleup_ranks = self.num_nvlink_ranks = len(domains[0])
         self._requests = Requests(
-            communicator.rank, communicator.size, self.num_max_tokens_per_rank, self._engine.info.num_hops
+            communicator.rank,
+            communicator.size,
+            self.num_max_tokens_per_rank,
+            self._engine.info.num_hops,
+            self.device,
         )
         self._flights = Flights()
         self.number = register(self)
@@ -149,16 +158,18 @@ class ElasticBuffer:
 
     @staticmethod
     def capture() -> EventHandle:
-        """The present point in the caller's order of operations; on a CPU it has passed already."""
+        """The present point in the caller's order of operations: in a program that uses CUDA, of the current stream; on
+        a CPU it has passed already."""
         return EventHandle()
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
-        """Return when every rank has called it. The arguments are accepted; on a CPU the host always waits."""
-        self._engine.barrier()
+        """Return when every rank has called it. On a GPU it is the stream that waits, and the host only with
+        ``with_cpu_sync``; on a CPU the host always does. The other arguments are accepted."""
+        self._engine.barrier(host=bool(with_cpu_sync))
 
-    def get_comm_stream(self) -> torch.cpu.Stream:
-        """The communication stream; on a CPU, torch's stand-in for one."""
-        return torch.cpu.Stream()
+    def get_comm_stream(self) -> Any:
+        """The communication stream: torch.cuda.Stream; on a CPU, torch's stand-in for one."""
+        return self._engine.comm_stream()
 
     def get_physical_domain_size(self) -> tuple[int, int]:
         """(scale-out ranks, scale-up ranks), by host or ``Settings.domain``."""
@@ -169,7 +180,10 @@ class ElasticBuffer:
         return self.num_scaleout_ranks, self.num_scaleup_ranks
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int, *args: Any, **kwargs: Any) -> int:
-        """What to pass as ``num_sms``: the copy threads that this rank uses at most. Further arguments are accepted."""
+        """What to pass as ``num_sms``: the copy threads that this rank uses at most; on a GPU V1's default, for
+        any shape. Further arguments are accepted."""
+        if self.device.type != "cpu":
+            return Config().num_sms
         return max(self._engine.settings.num_threads, 2)
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
@@ -234,7 +248,8 @@ class ElasticBuffer:
         """Send every token to the ranks that own its experts.
 
         Args:
-            x: [T, H] of any dtype, or ([T, H] fp8, [T, S] scale factors of 4 bytes, any strides).
+            x: [T, H] of any dtype, or ([T, H] fp8, [T, S] scale factors of 4 bytes, any strides). All tensors of a
+                call are on the buffer's device, and so are the results.
             topk_idx: [T, K] int64, -1 for no expert. topk_weights: [T, K] float32 or None.
             cumulative_local_expert_recv_stats: [E_local] int32, to which the received slots of each local expert are
                 added; not on cached calls.
@@ -242,16 +257,20 @@ class ElasticBuffer:
                 constructor's.
             expert_alignment: expert blocks start at multiples of it, reported counts are rounded up to it; default
                 1, at most 65536.
-            num_sms: upper bound of copy threads; 0: the default.
-            handle: of an earlier dispatch, whose routing is repeated; the same ``do_expand``.
+            num_sms: upper bound of copy threads, on a GPU of multiprocessors; 0: the default.
+            handle: of an earlier dispatch, whose routing is repeated; the same ``do_expand``. ``topk_idx`` beside it
+                must be the handle's (on a GPU its numbers are not compared, for which the host would have to wait).
             do_handle_copy: the handle keeps a copy of ``topk_idx``, not the caller's tensor.
             do_cpu_sync: exact output sizes; else the worst case, valid rows first. Default: unless a handle is given.
+                On a GPU the host waits only for exact sizes; a call without can be captured in a CUDA graph.
             do_expand: one row per token and slot, sorted by local expert, source rank, source token and slot.
             do_zero_padding: expanded: alignment gaps are zeroed.
             use_tma_aligned_col_major_sf: scale factors come back column-major, leading dimension padded to 16 bytes.
             previous_event, previous_event_before_epilogue: waited for before anything is published.
             async_with_compute_stream: return before rows have arrived; wait for the event.
-            num_qps, allocate_on_comm_stream: accepted.
+            allocate_on_comm_stream: on a GPU, results are allocated on the communication stream, which waits for the
+                previous events alone.
+            num_qps: accepted.
 
         Returns:
             recv_x [N, H] (or the pair), compact rows sorted by source rank and token; recv_topk_idx [N, K] int64 local
@@ -282,11 +301,12 @@ class ElasticBuffer:
                 )
                 spec.zero_padding = bool(do_zero_padding) and handle.do_expand
             spec.col_major_sf = bool(use_tma_aligned_col_major_sf)
-            previous = completions(previous_event, previous_event_before_epilogue)
+            previous = self._completions(previous_event, previous_event_before_epilogue)
         got, event = self._engine.dispatch(
             spec,
             background=bool(async_with_compute_stream),
             previous=previous,
+            on_comm_stream=bool(allocate_on_comm_stream),
         )
         recv_x = got.recv_x if got.recv_sf is None else (got.recv_x, got.recv_sf)
         if handle is not None:
@@ -296,7 +316,7 @@ class ElasticBuffer:
         assert spec.placement is not None
         plan = got.plan
         if stats is not None:
-            stats += plan.expert_counts
+            self._count(stats, plan, event)
         new_handle = EPHandle(
             plan=plan,
             num_experts=spec.placement.num_experts,
@@ -306,6 +326,7 @@ class ElasticBuffer:
             recv_topk_idx=got.recv_topk_idx,
             has_host_counts=sync,
             domains=self._engine.info.logical_domains,
+            expert_counts=got.num_recv_tokens_per_expert,
             num_expanded_tokens=None
             if sync
             else self._requests.worst_rows(
@@ -339,7 +360,7 @@ class ElasticBuffer:
             handle: of the dispatch.
             topk_weights: [rows, K] float32 ([rows] where expanded) to bring back beside the rows.
             bias: None, [T, H], or a pair; added first.
-            num_sms: upper bound of copy threads; 0: the handle's.
+            num_sms: upper bound of copy threads, on a GPU of multiprocessors; 0: the handle's.
 
         Returns:
             combined_x [T, H] of x's dtype; combined_topk_weights [T, K] float32, per slot what its owner returned (0
@@ -351,10 +372,26 @@ class ElasticBuffer:
         """
         with self._engine.refusing("combine"):
             spec = self._requests.combine(x, handle, topk_weights, bias, num_sms, self.allow_multiple_reduction)
-            previous = completions(previous_event, previous_event_before_epilogue)
+            previous = self._completions(previous_event, previous_event_before_epilogue)
         got, event = self._engine.combine(
             spec,
             background=bool(async_with_compute_stream),
             previous=previous,
+            on_comm_stream=bool(allocate_on_comm_stream),
         )
         return got.combined_x, got.combined_topk_weights, event
+
+    def _completions(self, *previous: PreviousEvent) -> list[CompletionEvent]:
+        return completions(*previous, streams=self.device.type != "cpu")
+
+    def _count(self, stats: torch.Tensor, plan: Plan, event: EventOverlap) -> None:
+        """Add what was received to ``stats``; the plan may still be written by a background call."""
+
+        def count() -> list[torch.Tensor]:
+            stats.add_(plan.expert_counts)
+            return []
+
+        if plan.num_rows >= 0:
+            count()
+        else:
+            behind(event, self._engine.comm_stream(), count, uses=(stats, plan.packed))

@@ -1,10 +1,14 @@
-"""Events: when an operation that runs in the background is complete. On a CPU "the stream waits" means: we wait."""
+"""Events: when an operation that runs in the background is complete. On a CPU "the stream waits" means: we wait; on a
+GPU the stream that is current waits, and the host goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Protocol
+
+import torch
 
 from .errors import EPArgumentError
 
@@ -17,16 +21,47 @@ class CompletionEvent(Protocol):
     def done(self) -> bool: ...
 
 
+class StreamEvent:
+    """The point that a CUDA stream has reached, as a :class:`CompletionEvent`.
+
+    Args:
+        stream: torch.cuda.Stream; None: the current one.
+        keep: tensors that live as long as this event.
+    """
+
+    __slots__ = ("__weakref__", "_event", "_keep")
+
+    def __init__(self, stream: Any = None, keep: Sequence[torch.Tensor] = ()) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream() if stream is None else stream)
+        self._keep = keep
+
+    def wait(self) -> None:
+        """What is queued on the current stream from now on runs behind it; the host goes on."""
+        torch.cuda.current_stream().wait_event(self._event)
+
+    def wait_on_host(self) -> None:
+        """Return when the stream has come there."""
+        self._event.synchronize()
+
+    def done(self) -> bool:
+        """Whether the stream has come there. Never while a CUDA graph is captured: an event may not be asked then."""
+        return not torch.cuda.is_current_stream_capturing() and bool(self._event.query())
+
+
 class EventHandle:
-    """A point in the order of operations. Without an event it is one that has passed."""
+    """A point in the order of operations. Without an event it is the present one: of the current CUDA stream in a
+    program that uses CUDA; elsewhere it has passed."""
 
     __slots__ = ("__weakref__", "_completion")
 
     def __init__(self, completion: CompletionEvent | None = None) -> None:
+        if completion is None and torch.cuda.is_initialized():
+            completion = StreamEvent()
         self._completion = completion
 
     def current_stream_wait(self) -> None:
-        """Return when the operation is complete.
+        """Return when the operation is complete; on a GPU at once, and the current stream waits.
 
         Raises:
             EPError: what the operation raised in the background.
@@ -55,7 +90,7 @@ class EventOverlap:
         self._hook: Callable[[], Any] | None = None
 
     def current_stream_wait(self, release_handle: bool = False) -> None:
-        """Return when the operation is complete, then run the hook, once.
+        """Return when the operation is complete (on a GPU: the current stream waits), then run the hook, once.
 
         Args:
             release_handle: drop the event and the extra tensors afterwards.
@@ -88,8 +123,11 @@ class EventOverlap:
             self.current_stream_wait(self._release_at_exit)
 
 
-def completions(*previous: EventOverlap | EventHandle | None) -> list[CompletionEvent]:
+def completions(*previous: EventOverlap | EventHandle | None, streams: bool = False) -> list[CompletionEvent]:
     """The backend events behind ``previous_event`` arguments that are not complete yet.
+
+    Args:
+        streams: the operation is one of a stream. An operation of the host waits for streams' events here.
 
     Raises:
         EPArgumentError: not an event.
@@ -107,6 +145,51 @@ def completions(*previous: EventOverlap | EventHandle | None) -> list[Completion
             continue
         if completion.done():
             completion.wait()
+        elif not streams and isinstance(completion, StreamEvent):
+            completion.wait_on_host()
         else:
             found.append(completion)
     return found
+
+
+def behind(
+    event: EventOverlap, stream: Any, work: Callable[[], Sequence[torch.Tensor]], uses: Sequence[torch.Tensor] = ()
+) -> Sequence[torch.Tensor]:
+    """``work()``, which reads what an operation delivers, done in order behind it.
+
+    A synchronous call's results are in order with the current stream. Those of a background call are not there yet:
+    the work then joins the stream on which rows move, and ``event`` covers it too.
+
+    Args:
+        stream: torch.cuda.Stream of the operation. uses: tensors that the work reads or writes.
+
+    Returns:
+        The tensors that the work made.
+    """
+    if event.event is None or not isinstance(event.event.completion, StreamEvent):
+        return work()
+    current = torch.cuda.current_stream(stream.device)
+    with torch.cuda.stream(stream):
+        made = work()
+    # Each lives on two streams now, and torch must not give its memory away before both are done with it.
+    for tensor in uses:
+        tensor.record_stream(stream)
+    for tensor in made:
+        tensor.record_stream(current)
+    event.event = EventHandle(StreamEvent(stream))
+    return made
+
+
+# A node of an autograd graph whose gradient is on the CPU is run in the thread that called backward, on whatever stream
+# is current there; that of a CUDA tensor gets its forward pass's stream. What the former makes on a GPU is read by the
+# latter, so it has to be made on that stream too.
+
+
+def stream_of(tensor: torch.Tensor) -> Any:
+    """The current stream of the tensor's GPU; None on a CPU."""
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
+def on_stream(stream: Any) -> AbstractContextManager[Any]:
+    """Inside, ``stream`` is the current one; nothing changes for None."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)

@@ -11,6 +11,9 @@ from .errors import EPArgumentError
 from .layout import align, target_ranks, target_rows
 from .plans import Plan, plan_words
 
+#: What ``send_head`` of a V1 handle on a GPU carries as an attribute.
+_PLAN = "_deep_ep_plan"
+
 
 class EPHandle:
     """V2's handle. Outlives its buffer. Attributes may be assigned; those that few read are computed when first read.
@@ -47,7 +50,9 @@ class EPHandle:
         has_host_counts: bool,
         num_expanded_tokens: int | None,
         domains: tuple[tuple[int, ...], ...],
+        expert_counts: list[int] | None = None,
     ) -> None:
+        """``expert_counts``: the plan's, where the host has them already."""
         self.do_expand = plan.layout == "expand"
         self.num_experts = num_experts
         self.expert_alignment = plan.expert_alignment
@@ -61,6 +66,7 @@ class EPHandle:
         self._recv_topk_idx = recv_topk_idx
         self._has_host_counts = has_host_counts
         self._domains = domains
+        self._expert_counts = expert_counts
         if num_expanded_tokens is not None:
             self.num_expanded_tokens = num_expanded_tokens
 
@@ -75,15 +81,17 @@ class EPHandle:
 
 
 def _aligned_counts(handle: EPHandle) -> list[int]:
-    plan = handle._plan
-    counts: list[int] = plan.expert_counts.tolist()
-    return [align(n, plan.expert_alignment) for n in counts]
+    counts = handle._expert_counts
+    if counts is None:
+        counts = handle._plan.expert_counts.tolist()
+    return [align(n, handle._plan.expert_alignment) for n in counts]
 
 
 def _psum_per_expert(handle: EPHandle) -> torch.Tensor:
-    aligned = torch.tensor(_aligned_counts(handle), dtype=torch.int32, device="cpu")
+    counts, alignment = handle._plan.expert_counts, handle._plan.expert_alignment
+    aligned = (counts + (alignment - 1)) // alignment * alignment
     ends = torch.cumsum(aligned, 0, dtype=torch.int32)
-    return ends - aligned + handle._plan.expert_counts if handle.do_expand else ends
+    return ends - aligned + counts if handle.do_expand else ends
 
 
 def _psum_per_scaleup_rank(handle: EPHandle) -> torch.Tensor:
@@ -91,7 +99,7 @@ def _psum_per_scaleup_rank(handle: EPHandle) -> torch.Tensor:
     if len(handle._domains) == 1:
         return ends.contiguous()
     by_source = ends.diff(prepend=ends.new_zeros(1))
-    by_index = by_source[torch.tensor(handle._domains, dtype=torch.int64, device="cpu")].sum(0)
+    by_index = by_source[torch.tensor(handle._domains, dtype=torch.int64, device=ends.device)].sum(0)
     return by_index.cumsum(0).to(torch.int32)
 
 
@@ -128,16 +136,26 @@ def pack_v1(plan: Plan, recv_src_idx: torch.Tensor, is_token_in_rank: torch.Tens
     """V1's handle inside one domain: (rank_prefix_matrix [R, R], channel_prefix_matrix [R, 1],
     recv_channel_prefix_matrix [R, 1], recv_src_idx [N], is_token_in_rank [T, R] bool, send_head [T, R]), else int32.
 
-    One channel. ``send_head``: index of the token among those this rank sends to that one, or -1.
+    One channel. ``send_head``: index of the token among those this rank sends to that one, or -1. On a GPU nothing
+    waits, and this very tensor carries the plan, so that it need not be made anew.
     """
     prefix = plan.rank_prefix
-    send_head = torch.empty(is_token_in_rank.shape, dtype=torch.int32, device="cpu")
-    _C.heads_of_plan(plan=plan.packed.data_ptr(), send_head=send_head.data_ptr())
+    if plan.packed.is_cpu:
+        send_head = torch.empty(is_token_in_rank.shape, dtype=torch.int32, device="cpu")
+        _C.heads_of_plan(plan=plan.packed.data_ptr(), send_head=send_head.data_ptr())
+    else:
+        send_head = heads_of(is_token_in_rank)
+        setattr(send_head, _PLAN, plan)
     rank = plan.rank
     before = prefix[rank - 1] if rank > 0 else torch.zeros_like(prefix[0])
     channel = (prefix[rank] - before).unsqueeze(1)
     recv_channel = prefix[:, rank].diff(prepend=prefix.new_zeros(1)).unsqueeze(1)
     return prefix, channel, recv_channel, recv_src_idx, is_token_in_rank, send_head
+
+
+def heads_of(is_token_in_rank: torch.Tensor) -> torch.Tensor:
+    """[T, R] int32: the token's index among those that this rank sends to that one, or -1."""
+    return torch.where(is_token_in_rank, is_token_in_rank.cumsum(0, dtype=torch.int32) - 1, -1)
 
 
 def pack_v1_internode(
@@ -169,17 +187,22 @@ def pack_v1_internode(
         received,
         recv_src_idx,
         send_head,
-        plan.packed,
+        plan.remember(),
     )
 
 
-def unpack_v1(handle: Any, rank: int, num_ranks: int) -> Plan:
+def unpack_v1(handle: Any, rank: int, num_ranks: int, device: torch.device) -> Plan:
     """The plan behind a V1 handle; made anew from its tensors, so that it may have passed through autograd contexts.
 
+    On a GPU the handle's own tensors still know the plan. Copies of them do not: the host then waits for the prefix.
+
     Raises:
-        EPArgumentError: not a handle of a dispatch over as many ranks.
+        EPArgumentError: not a handle of a dispatch over as many ranks, on this device; or, while a CUDA graph is
+            captured, made of copies.
     """
     if isinstance(handle, tuple | list) and len(handle) == 10 and torch.is_tensor(handle[-1]):
+        if handle[-1].device != device:
+            raise EPArgumentError.of("handle", f"tensors on {device}", f"tensors on {handle[-1].device}")
         plan = Plan.of(handle[-1])
         if plan.num_ranks != num_ranks or plan.rank != rank or plan.layout != "rank":
             made = f"rank {plan.rank} of {plan.num_ranks}"
@@ -195,21 +218,60 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int) -> Plan:
             "handle", f"a handle of a dispatch over {num_ranks} ranks", f"one over {tuple(prefix.shape)}"
         )
     for name, part in (("rank_prefix_matrix", prefix), ("recv_src_idx", recv_src_idx), ("send_head", send_head)):
-        if part.dtype != torch.int32 or not part.is_cpu:
-            raise EPArgumentError.of(f"handle ({name})", "torch.int32 on the CPU", f"{part.dtype} on {part.device}")
+        if part.dtype != torch.int32 or part.device != device:
+            raise EPArgumentError.of(f"handle ({name})", f"torch.int32 on {device}", f"{part.dtype} on {part.device}")
+    known: Plan | None = None if send_head.is_cpu else getattr(send_head, _PLAN, None)
+    if known is not None:
+        if known.rank != rank:
+            raise EPArgumentError.of("handle", f"one made by rank {rank}", f"one made by rank {known.rank}")
+        if recv_src_idx.shape != (known.num_output_rows,):
+            entries = f"{known.num_output_rows} entries"
+            raise EPArgumentError.of("handle (recv_src_idx)", entries, tuple(recv_src_idx.shape))
+        return known
+    if prefix.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise EPArgumentError.of(
+            "handle", "the tensors that dispatch returned, while a CUDA graph is captured", "copies of them"
+        )
+    on_device, prefix = prefix, prefix.to("cpu").contiguous()
     num_rows = int(prefix[-1, rank])
     if recv_src_idx.dim() != 1 or recv_src_idx.shape[0] < num_rows:
         raise EPArgumentError.of("handle (recv_src_idx)", f"at least {num_rows} entries", tuple(recv_src_idx.shape))
-    prefix, send_head = prefix.contiguous(), send_head.contiguous()
-    num_tokens = send_head.shape[0]
-    packed = torch.empty(plan_words(num_tokens, num_ranks, num_ranks, 0), dtype=torch.int64, device="cpu")
+    # On a GPU the core sees no tokens, which it could not read: it makes the header, and the targets are made there.
+    send_head, num_tokens = send_head.contiguous(), send_head.shape[0]
+    read = num_tokens if send_head.is_cpu else 0
+    packed = torch.empty(plan_words(read, num_ranks, num_ranks, 0), dtype=torch.int64, device="cpu")
     _C.plan_from_heads(
-        send_head=send_head.data_ptr(),
+        send_head=send_head.data_ptr() if read else 0,
         prefix=prefix.data_ptr(),
         rank=rank,
         num_ranks=num_ranks,
-        num_tokens=num_tokens,
+        num_tokens=read,
         num_output_rows=recv_src_idx.shape[0],
         plan=packed.data_ptr(),
     )
-    return Plan.of(packed)
+    plan = Plan.of(packed)
+    return plan if send_head.is_cpu else plan_from_heads(plan, on_device, send_head)
+
+
+def plan_from_heads(empty: Plan, prefix: torch.Tensor, send_head: torch.Tensor) -> Plan:
+    """A V1 plan on any device from that of no tokens, which lies on the CPU.
+
+    Args:
+        prefix: [R, R] int32. send_head: [T, R] int32.
+    """
+    rank, num_ranks = empty.rank, empty.num_ranks
+    first = prefix[rank - 1] if rank > 0 else torch.zeros_like(prefix[0])
+    ranks = torch.arange(num_ranks, dtype=torch.int64, device=send_head.device)
+    return Plan.pack(
+        layout="rank",
+        targets=torch.where(send_head < 0, -1, (ranks << 32) + (first + send_head)),
+        rank_prefix=prefix,
+        expert_counts=prefix.new_empty(0),
+        rank=rank,
+        num_rows=empty.num_rows,
+        num_output_rows=empty.num_output_rows,
+        num_recv_tokens=empty.num_recv_tokens,
+        digest=empty.digest,
+        expert_alignment=empty.expert_alignment,
+        num_max_tokens_per_rank=empty.num_max_tokens_per_rank,
+    )

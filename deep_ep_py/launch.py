@@ -78,8 +78,8 @@ def init_from_env(backend: str | None = None, timeout_seconds: float = 600.0) ->
     - none of these: one rank.
 
     Args:
-        backend: of the torch process group; default: gloo, since rows in CPU memory need no more. The other launchers
-            have no use for it.
+        backend: of the torch process group; default: gloo, since rows in CPU memory need no more. For tensors on GPUs
+            ``"cpu:gloo,cuda:nccl"``, after ``torch.cuda.set_device``. The other launchers have no use for it.
         timeout_seconds: of the torch process group: how long its ranks may take to come, and each collective.
 
     Raises:

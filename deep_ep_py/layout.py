@@ -33,7 +33,7 @@ def dispatch_layout(
     """Tokens per rank [R] int32, slots per expert [E] int32 and is_token_in_rank [T, R] bool.
 
     Args:
-        topk_idx: [T, K] int64, contiguous, -1 for no expert.
+        topk_idx: [T, K] int64, contiguous, on the CPU, -1 for no expert.
 
     Raises:
         EPArgumentError: an expert id outside [-1, E).
@@ -57,6 +57,28 @@ def dispatch_layout(
     if wrong:
         raise EPArgumentError(wrong, argument="topk_idx")
     return per_rank, per_expert, in_rank
+
+
+def layout_on_device(
+    topk_idx: torch.Tensor, expert_rank: torch.Tensor, num_ranks: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`dispatch_layout` on any device, without waiting for it: so an expert id outside [-1, E) is not found, and
+    counts as none.
+
+    Args:
+        expert_rank: [E] int32, on the device of ``topk_idx``.
+    """
+    num_tokens, num_experts = topk_idx.shape[0], expert_rank.shape[0]
+    none = (topk_idx < 0) | (topk_idx >= num_experts)
+    # One bin more takes what goes nowhere. Integers: whatever the order of additions, the sums are the same.
+    bins = topk_idx.masked_fill(none, num_experts)
+    per_expert = expert_rank.new_zeros(num_experts + 1).scatter_add_(
+        0, bins.flatten(), expert_rank.new_ones(1).expand(bins.numel())
+    )
+    ranks = torch.cat([expert_rank, expert_rank.new_full((1,), num_ranks)]).to(torch.int64)[bins]
+    in_rank = topk_idx.new_zeros((num_tokens, num_ranks + 1), dtype=torch.bool).scatter_(1, ranks, True)
+    in_rank = in_rank[:, :num_ranks].contiguous()
+    return in_rank.sum(0, dtype=torch.int32), per_expert[:num_experts], in_rank
 
 
 def align(n: int, alignment: int) -> int:

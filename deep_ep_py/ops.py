@@ -21,6 +21,7 @@ import torch
 
 from . import validate
 from .errors import EPArgumentError
+from .event import behind, on_stream, stream_of
 from .operators import Operator
 from .plans import Plan, plan_words
 from .registry import buffer_of
@@ -83,10 +84,11 @@ def _plan(
 ) -> Sequence[torch.Tensor]:
     face = buffer_of(buffer)
     with face._engine.refusing("dispatch"):
-        rows = validate.tensor("topk_idx", topk_idx, torch.int64, (None, None))[:, :0]  # a plan moves no bytes
+        device = face._engine.device
+        rows = validate.tensor("topk_idx", topk_idx, device, torch.int64, (None, None))[:, :0]  # a plan moves no bytes
         spec = _routing(face, rows, None, topk_idx, num_experts, alignment, limit, expand, sync)
     got, _ = face._engine.dispatch(spec, background=False, previous=())
-    return [got.plan.packed, got.recv_topk_idx, got.plan.copy_expert_counts()]
+    return [got.plan.remember(), got.recv_topk_idx, got.plan.copy_expert_counts()]
 
 
 def _plan_fake(
@@ -113,19 +115,43 @@ def _plan_fake(
 
 
 def _read(face: Any, packed: torch.Tensor, expand: bool) -> Plan:
+    face._requests.check_device(packed)
     plan: Plan = face._requests.check_plan(Plan.of(packed))
     if plan.layout != ("expand" if expand else "topk"):
         raise EPArgumentError.of("handle", f"one whose plan is {'expanded' if expand else 'compact'}", plan.layout)
     return plan
 
 
-def _delivered(face: Any, spec: DispatchSpec, background: bool) -> tuple[Plan, torch.Tensor | None, list[torch.Tensor]]:
+def _delivered(
+    face: Any, spec: DispatchSpec, background: bool, counted: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What a new plan returns (only if ``counted``) and what a dispatch does. Rows past the valid ones, which nobody
+    writes, are zeroed: a gradient that sums over rows must find nothing there."""
     got, event = face._engine.dispatch(spec, background=background, previous=())
-    found = [got.recv_x] if got.recv_topk_weights is None else [got.recv_x, got.recv_topk_weights]
-    if got.plan.num_output_rows > got.plan.num_rows:
-        for rows in found:  # nobody writes there; a gradient that sums over rows must find nothing
-            rows[got.plan.num_rows :] = 0
-    return got.plan, got.recv_topk_idx, [face._flights.start(found, event)] if background else found
+    plan, found = got.plan, [got.recv_x]
+    if got.recv_topk_weights is not None:
+        found.append(got.recv_topk_weights)
+    if plan.num_rows >= 0:
+        if plan.num_output_rows > plan.num_rows:
+            for rows in found:
+                rows[plan.num_rows :] = 0
+        counts = [plan.copy_expert_counts()] if counted else []
+    else:  # the device alone knows how many are valid; a background call has it after its last kernel
+
+        def finish_rows() -> list[torch.Tensor]:
+            for rows in found:
+                _zero_tail(rows, plan.rows_on_device)
+            return [plan.copy_expert_counts()] if counted else []
+
+        counts = [*behind(event, face._engine.comm_stream(), finish_rows, uses=(plan.packed, *found))]
+    new = [plan.remember(), got.recv_topk_idx, *counts] if counted else []
+    return new, [face._flights.start(found, event)] if background else found
+
+
+def _zero_tail(rows: torch.Tensor, first: torch.Tensor) -> None:
+    """From row ``first`` on, a number on the device: no host waits for it."""
+    tail = torch.arange(rows.shape[0], device=rows.device) >= first
+    rows.masked_fill_(tail.view(-1, *[1] * (rows.dim() - 1)), 0)
 
 
 def _dispatch(
@@ -135,10 +161,10 @@ def _dispatch(
     face = buffer_of(buffer)
     with face._engine.refusing("dispatch"):
         plan = _read(face, packed, expand)
-        rows, _ = validate.tokens(x)
+        rows, _ = validate.tokens(x, face._engine.device)
         spec = face._requests.dispatch_along(plan, rows, weights, _WEIGHT_DTYPES, fixed=True)
         spec.mask_weights, spec.zero_padding = not expand, expand
-    return _delivered(face, spec, background)[2]
+    return _delivered(face, spec, background, counted=False)[1]
 
 
 def _dispatch_fake(
@@ -146,11 +172,15 @@ def _dispatch_fake(
     background: bool,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     if background:
-        return [x.new_empty(1, dtype=torch.float64)]
+        return [_ticket_fake()]
     found = [x.new_empty((num_rows, x.shape[1]))]
     if weights is not None:
         found.append(weights.new_empty((num_rows,) if expand else (num_rows, weights.shape[1])))
     return found
+
+
+def _ticket_fake() -> torch.Tensor:
+    return torch.empty(1, dtype=torch.float64, device="cpu")
 
 
 def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
@@ -162,7 +192,7 @@ def _save_tokens(
     ctx: Any, packed: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None, buffer: int, num_rows: int,
     expand: bool, background: bool,
 ) -> None:  # fmt: skip
-    ctx.packed = packed
+    ctx.packed, ctx.stream = packed, stream_of(packed) if background else None
     columns, dtype = (0, None) if weights is None else (weights.shape[1], weights.dtype)
     ctx.shape = (buffer, *x.shape, x.dtype, num_rows, columns, dtype, expand, background)
 
@@ -171,10 +201,11 @@ def _undo_dispatch(ctx: Any, gradients: Gradients) -> tuple[torch.Tensor, torch.
     """Gradients of x and of the weights."""
     packed, s = ctx.packed, _Shape(*ctx.shape)
     if s.background:
-        found = finish(
-            gradients[0], packed, None, None, s.buffer, False, s.expand, s.num_tokens, s.num_rows, s.hidden, s.dtype,
-            s.num_topk, s.weight_dtype,
-        )  # fmt: skip
+        with on_stream(ctx.stream):
+            found = finish(
+                gradients[0], packed, None, None, s.buffer, False, s.expand, s.num_tokens, s.num_rows, s.hidden,
+                s.dtype, s.num_topk, s.weight_dtype,
+            )  # fmt: skip
     else:
         x, weights = s.at_rows(gradients, packed)
         found = combine(x, weights, packed, None, None, s.buffer, s.num_tokens, s.num_topk, s.expand, False)
@@ -194,11 +225,10 @@ def _plan_dispatch(
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     face = buffer_of(buffer)
     with face._engine.refusing("dispatch"):
-        rows, _ = validate.tokens(x)
+        rows, _ = validate.tokens(x, face._engine.device)
         spec = _routing(face, rows, weights, topk_idx, num_experts, alignment, limit, expand, sync)
-    plan, recv_topk_idx, found = _delivered(face, spec, background)
-    assert recv_topk_idx is not None
-    return [plan.packed, recv_topk_idx, plan.copy_expert_counts(), *found]
+    new, found = _delivered(face, spec, background, counted=True)
+    return [*new, *found]
 
 
 def _plan_dispatch_fake(
@@ -240,14 +270,14 @@ def _combine_fake(
     bias1: torch.Tensor | None, buffer: int, num_tokens: int, num_topk: int, expand: bool, background: bool,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     if background:
-        return [y.new_empty(1, dtype=torch.float64)]
+        return [_ticket_fake()]
     found = [y.new_empty((num_tokens, y.shape[1]))]
     return found if weights is None else [*found, weights.new_empty((num_tokens, num_topk))]
 
 
 def _save_combine(ctx: Any, inputs: Any, output: Any) -> None:
     y, weights, packed, bias0, bias1, buffer, num_tokens, num_topk, expand, background = inputs
-    ctx.packed = packed
+    ctx.packed, ctx.stream = packed, stream_of(packed) if background else None
     dtype = None if weights is None else weights.dtype
     num_rows, hidden = y.shape
     ctx.shape = (buffer, num_tokens, hidden, y.dtype, num_rows, num_topk, dtype, expand, background)
@@ -258,10 +288,11 @@ def _combine_backward(ctx: Any, gradients: Gradients) -> Any:
     packed, s = ctx.packed, _Shape(*ctx.shape)
     bias: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if s.background:  # the gradients of the biases are known, and returned, where the combine was waited for
-        found = finish(
-            gradients[0], packed, None, None, s.buffer, True, s.expand, s.num_rows, s.num_tokens, s.hidden, s.dtype,
-            s.num_topk, s.weight_dtype,
-        )  # fmt: skip
+        with on_stream(ctx.stream):
+            found = finish(
+                gradients[0], packed, None, None, s.buffer, True, s.expand, s.num_rows, s.num_tokens, s.hidden, s.dtype,
+                s.num_topk, s.weight_dtype,
+            )  # fmt: skip
     else:
         x, weights = s.at_tokens(gradients, packed)
         found = dispatch(x, weights, packed, s.buffer, s.num_rows, s.expand, False)
@@ -290,10 +321,10 @@ def _finish_fake(
     of_dispatch: bool, expand: bool, rows: int, rows_before: int, hidden: int, dtype: torch.dtype, num_topk: int,
     weight_dtype: torch.dtype | None,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
-    found = [ticket.new_empty((rows, hidden), dtype=dtype)]
+    found = [packed.new_empty((rows, hidden), dtype=dtype)]
     if weight_dtype is not None:
         shape = (rows,) if of_dispatch and expand else (rows, num_topk)
-        found.append(ticket.new_empty(shape, dtype=weight_dtype))
+        found.append(packed.new_empty(shape, dtype=weight_dtype))
     return found
 
 

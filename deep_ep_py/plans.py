@@ -17,6 +17,9 @@ SHARED_ROW = 1 << 62
 #: destination's row is shared by all slots that select it (V2 compact). ``expand``: each slot has its own row.
 PlanLayout = Literal["rank", "topk", "expand"]
 
+#: What a packed plan on a GPU carries as an attribute: its header, as far as the host knows it.
+_KNOWN = "_deep_ep_plan"
+
 #: By the number that stands in the header.
 LAYOUTS: tuple[PlanLayout, ...] = ("rank", "topk", "expand")
 
@@ -25,7 +28,7 @@ class Plan(NamedTuple):
     """A packed plan that has been read; see :meth:`of`. csrc/protocol/packed_plan.hpp has its form.
 
     Attributes:
-        packed: int64, 1-D contiguous on the CPU.
+        packed: int64, 1-D contiguous, where the rows are.
         layout_number: index in ``LAYOUTS``.
         num_tokens, num_slots: T and W.
         num_ranks, rank: R, and the rank whose plan this is.
@@ -38,6 +41,9 @@ class Plan(NamedTuple):
         num_max_tokens_per_rank: M, the stride of global token indices in the metadata.
         num_domains: D where rows take two hops, across domains and inside one; 0 where they take one.
         num_relayed, relay_slots: tokens of other domains that this rank places for its rail; columns of their targets.
+
+    On a GPU the header may be there alone: ``num_rows``, ``num_recv_tokens`` and ``digest`` are -1 where the host never
+    waited for the counts.
     """
 
     packed: torch.Tensor
@@ -59,15 +65,31 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, packed: torch.Tensor) -> Plan:
-        """Read a packed plan.
+        """Read a packed plan. On a GPU the host waits for the device to hand over header and counts, unless the tensor
+        is the very one that :meth:`remember` returned.
 
         Raises:
-            EPArgumentError: the tensor is no plan.
+            EPArgumentError: the tensor is no plan; or it would have to be read while a CUDA graph is captured.
         """
-        if packed.dtype != torch.int64 or packed.dim() != 1 or not packed.is_cpu or not packed.is_contiguous():
+        if packed.dtype != torch.int64 or packed.dim() != 1 or not packed.is_contiguous():
             got = f"{packed.dtype} {list(packed.shape)} on {packed.device}"
-            raise EPArgumentError.of("handle", "the plan of a dispatch: contiguous torch.int64 [n] on the CPU", got)
-        return cls(packed, *_C.read_plan(packed.data_ptr(), packed.numel()))
+            raise EPArgumentError.of("handle", "the plan of a dispatch: contiguous torch.int64 [n]", got)
+        if packed.is_cpu:
+            return cls(packed, *_C.read_plan(packed.data_ptr(), packed.numel()))
+        known = getattr(packed, _KNOWN, None)
+        if known is None:
+            host = _header_on_host(packed)
+            known = _C.read_plan(host.data_ptr(), host.numel())
+        return cls(packed, *known)
+
+    def remember(self) -> torch.Tensor:
+        """``packed``; on a GPU it keeps what the host knows, for :meth:`of`, as long as it is this tensor and no copy.
+
+        The numbers alone: with the plan itself, the tensor would hold itself.
+        """
+        if not self.packed.is_cpu:
+            setattr(self.packed, _KNOWN, self[1:])
+        return self.packed
 
     @property
     def layout(self) -> PlanLayout:
@@ -98,14 +120,15 @@ class Plan(NamedTuple):
         rest = (num_rows, num_output_rows, num_recv_tokens, digest, expert_alignment, num_max_tokens_per_rank)
         hops = (0, 0, 0) if relay_counts is None or relay is None else (relay_counts.shape[0], *relay.shape)
         words = (_C.plan_magic, LAYOUTS.index(layout), *sizes, *rest, *hops)
-        header = torch.tensor(words, dtype=torch.int64, device="cpu")
+        header = torch.tensor(words, dtype=torch.int64, device=targets.device)
         counts = torch.cat([rank_prefix.flatten(), expert_counts]).to(torch.int32)
         if counts.numel() % 2:
             counts = torch.cat([counts, counts.new_zeros(1)])
         parts = [header, counts.view(torch.int64), targets.flatten()]
         if relay_counts is not None and relay is not None:
             parts += [relay_counts, relay.flatten()]
-        return cls.of(torch.cat(parts))
+        packed = torch.cat(parts)
+        return cls.of(packed) if packed.is_cpu else cls(packed, words[1], *words[2:])
 
     @property
     def targets(self) -> torch.Tensor:
@@ -141,12 +164,43 @@ class Plan(NamedTuple):
 
     def copy_expert_counts(self) -> torch.Tensor:
         """``expert_counts``, in memory of their own; faster than a clone, which takes three views."""
+        if not self.packed.is_cpu:
+            return self.expert_counts.clone()
         counts = torch.empty(self.num_local, dtype=torch.int32, device="cpu")
         _C.copy_expert_counts(self.packed.data_ptr(), counts.data_ptr())
         return counts
 
+    @property
+    def rows_on_device(self) -> torch.Tensor:
+        """[] int64: ``num_rows``, known or not."""
+        return self.packed[_ROWS_WORD]
+
     def _counts(self, first: int, size: int) -> torch.Tensor:
         return self.packed[_C.plan_header_words :].view(torch.int32)[first : first + size]
+
+
+#: The plan's fields are the header's words, but for the first of each.
+_ROWS_WORD = Plan._fields.index("num_rows")
+
+
+def _header_on_host(packed: torch.Tensor) -> torch.Tensor:
+    """As long as ``packed``, on the CPU; header and counts alone are there, which is what reading checks."""
+    if packed.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise EPArgumentError.of(
+            "handle",
+            "one whose sizes the host knows while a CUDA graph is captured: the tensors that dispatch returned, "
+            "not copies of them",
+            "a plan that would have to be read from the device, for which the host must wait",
+        )
+    host = torch.empty(packed.shape, dtype=torch.int64, device="cpu")
+    read = min(_C.plan_header_words, packed.numel())
+    host[:read] = packed[:read]
+    if read == _C.plan_header_words:
+        num_ranks, num_local = (int(host[Plan._fields.index(name)]) for name in ("num_ranks", "num_local"))
+        # Nonsense leaves nothing to copy, or everything, and is found where the header is checked.
+        words = min(max(plan_words(0, 0, num_ranks, num_local), read), packed.numel())
+        host[read:words] = packed[read:words]
+    return host
 
 
 def plan_words(num_tokens: int, num_slots: int, num_ranks: int, num_local: int) -> int:

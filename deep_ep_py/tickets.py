@@ -28,7 +28,8 @@ class Flights:
         self._flights: weakref.WeakValueDictionary[int, _Flight] = weakref.WeakValueDictionary()
 
     def start(self, results: Sequence[torch.Tensor], event: EventOverlap) -> torch.Tensor:
-        """The ticket, [1] float64: a dtype that carries gradients, whose whole numbers are exact."""
+        """The ticket, [1] float64: a dtype that carries gradients, whose whole numbers are exact. On the CPU also where
+        rows are on a GPU: it is a number that the host reads, which must not wait for the device to hand it over."""
         number = next(self._numbers)
         flight = _Flight(struct.pack("=d", number))
         flight.results, flight.event = results, event
@@ -36,7 +37,7 @@ class Flights:
         return torch.frombuffer(flight, dtype=torch.float64)
 
     def finish(self, ticket: torch.Tensor) -> list[torch.Tensor]:
-        """Wait for the operation; new tensors over what it delivered.
+        """Wait for the operation (on a GPU: the current stream waits); new tensors over what it delivered.
 
         Raises:
             EPArgumentError: no such operation. EPError: what the operation raised.

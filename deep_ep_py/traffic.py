@@ -153,7 +153,7 @@ def dispatch_traffic(backend: str, sizes: DispatchSizes, plan: Plan, domains: Do
     elif backend == "hybrid":
         _hybrid_dispatch(ledger, sizes, plan)
     else:
-        assert backend == "shm", backend
+        assert backend in ("shm", "cuda_peer"), backend
         _place(ledger, sizes, plan, [plan.targets])
     return ledger.close("dispatch", backend)
 
@@ -166,7 +166,7 @@ def combine_traffic(backend: str, sizes: CombineSizes, plan: Plan, domains: Doma
     elif backend == "hybrid":
         _hybrid_combine(ledger, sizes, plan)
     else:
-        assert backend == "shm", backend
+        assert backend in ("shm", "cuda_peer"), backend
         _pull(ledger, sizes, plan, [plan.targets])
     return ledger.close("combine", backend)
 

@@ -47,7 +47,7 @@ class ExpertPlacement:
 
 @dataclass(slots=True, eq=False)
 class DispatchSpec:
-    """One dispatch as the engine asks for it: arguments are checked, tensors are on the backend's device and dense in a row.
+    """One dispatch as the engine asks for it: arguments are checked, tensors on the backend's device, dense in a row.
 
     Exactly one of ``topk_idx`` (V2), ``is_token_in_rank`` (V1) and ``plan`` (cached) drives the routing; V1 may carry
     ``topk_idx`` beside ``is_token_in_rank``, to be localised.

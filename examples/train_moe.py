@@ -9,8 +9,8 @@
 
 Groups of ``--ep`` consecutive ranks hold one copy of the experts, spread over them; everything else is on every rank.
 All ranks read different sequences of one global batch. Gradients are sums: an expert's over the ranks that hold it (its
-group's tokens came to it), the others' over all ranks. The file serves CPUs and CUDA; on CUDA it needs a library with
-the CUDA backend, without it the ops refuse CUDA tensors.
+group's tokens came to it), the others' over all ranks. ``--device cuda`` takes the GPU of ``LOCAL_RANK`` (ranks share
+GPUs where there are fewer) and NCCL, and needs a library with CUDA kernels.
 
 How near the curves of different numbers of ranks are: the same float32 numbers are added in another order, a change no
 larger than that of ``--perturb``, which raises each initial weight by one unit in the last place; so that is the
@@ -75,6 +75,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (1)")
     add("--bias-rate", type=float, default=5e-3, help="step of the routers' expert bias (0.005)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of computation and rows; weights: float32")
+    add("--device", choices=["cpu", "cuda"], help="where to train (cuda where there is a GPU, else cpu)")
     add("--compile", action="store_true", help="compile the blocks (a minute or more)")
     add("--checkpoint-activations", action="store_true", help="recompute the blocks in the backward pass")
     add("--checkpoints", type=Path, help="folder for checkpoints")
@@ -92,18 +93,22 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def join_world() -> torch.device:
+def join_world(device: str | None) -> torch.device:
     """Become a rank of torchrun's world, or the only one."""
-    on_gpu = torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend, found = "gloo", torch.device("cpu")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("--device cuda: torch finds no GPU here")
+        backend = "cpu:gloo,cuda:nccl"
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(found)  # before the group: NCCL takes the current device
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    return found
 
 
 def own_experts(model: ByteLM) -> dict[str, range]:
@@ -285,7 +290,7 @@ def report(
 
 def main() -> int:
     args = arguments()
-    same = train(args, join_world())
+    same = train(args, join_world(args.device))
     dist.barrier()
     dist.destroy_process_group()
     return 0 if same else 1

@@ -96,6 +96,7 @@ def open_hybrid(communicator, domains, settings=SETTINGS):
             communicator=communicator,
             settings=replace(settings, backend="hybrid"),
             hosts=[{"domain": where[r], "boot_id": "one machine"} for r in range(communicator.size)],
+            device=torch.device("cpu"),
             epoch=sum(int.from_bytes(n, "little") for n in nonces),
             heap_bytes=1 << 20,
             num_cores=1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 from collective_cases import SETTINGS, Routing, all_ranks, combine, dispatch, v2_spec
 
 import deep_ep_py
@@ -21,6 +22,7 @@ def construction(communicator, hosts, **settings):
         communicator=communicator,
         settings=Settings(timeout_seconds=10, connect_timeout_seconds=10, **settings),
         hosts=hosts,
+        device=torch.device("cpu"),
         epoch=7,
         heap_bytes=0,
         num_cores=1,

@@ -282,7 +282,7 @@ def test_exception_in_the_middle_poisons():
         usual = dispatch(backend, v2_spec(routing, rank, expand=False))
         flight = backend.prepare(v2_spec(routing, rank, expand=False), background=True)
         if rank == 0:
-            flight.state.spec = None
+            flight.state[0].spec = None
         backend.dispatch_send(flight)
         with pytest.raises(AttributeError if rank == 0 else EPPeerError):
             flight.event.wait()

@@ -57,7 +57,11 @@ def test_doctor_finds_this_machine_well():
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [
-        ("DEEP_EP_PY_BACKEND", "nonsense", "set DEEP_EP_PY_BACKEND to auto, shm, hybrid or collective, or unset it"),
+        (
+            "DEEP_EP_PY_BACKEND",
+            "nonsense",
+            "set DEEP_EP_PY_BACKEND to auto, shm, cuda_peer, hybrid or collective, or unset it",
+        ),
         ("DEEP_EP_PY_TIMEOUT_SECONDS", "soon", "correct or unset that variable"),
     ],
 )

@@ -88,7 +88,7 @@ typedef struct {
 
 typedef struct {
   uint64_t stream;
-  int64_t* plan; /* packed, on the device */
+  int64_t* plan;                        /* packed, on the device */
   int32_t layout, num_slots, num_local; /* of the plan */
   int64_t num_tokens;
   const void* y; /* in the heap, or copied by the caller first: contiguous */

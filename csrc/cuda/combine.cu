@@ -42,7 +42,6 @@ __device__ __forceinline__ int64_t checked_target(const CombineKernelParams& p, 
 // rows.
 __device__ int list_rows(const CombineKernelParams& p, int64_t token, int64_t row_bytes, const RowList& list) {
   const int64_t* targets = p.targets + token * p.num_slots;
-  __syncwarp();  // every lane has done with the list of the token before
   for (int j = lane_id(); j < p.num_slots; j += kWarp) {
     const int64_t target = checked_target(p, token, j);
     int last = moves(target) ? j : -1;
@@ -50,7 +49,9 @@ __device__ int list_rows(const CombineKernelParams& p, int64_t token, int64_t ro
       if (moves(targets[i]) && target_rank(targets[i]) == target_rank(target)) last = i;
     list.group[j] = last;
   }
-  __syncwarp();  // positions depend on the groups of all slots
+  // Positions depend on the groups of all slots (the vote below orders no memory); and every lane has done with the
+  // rows of the token before.
+  __syncwarp();
   int num_rows = 0;
   for (int begin = 0; begin < p.num_slots; begin += kWarp) {
     const int j = begin + lane_id();

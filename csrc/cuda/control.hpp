@@ -148,12 +148,13 @@ struct HostStatus {
   int64_t refused[3];
   // worst case: rows, limit; place and pull: the row that a handle names, the limit; offer: bytes wanted
   int64_t error_values[2];
-  double seconds;           // timeout
+  double seconds;  // timeout
   char text[kTextBytes];
 };
 
-// HostStatus, then: int64 values[num_ranks] (mismatch: each rank's), uint32 missing[num_ranks] (timeout: nonzero where
-// missing, whatever ended the wait; refused: nonzero where refused), int32 expert_counts[capacity] (of this rank, exact, written before `ticket`).
+// HostStatus, then: int64 values[num_ranks] (mismatch: each rank's), uint32 missing[num_ranks] (nonzero where missing,
+// whatever ended the wait; refused: where refused), int32 expert_counts[capacity] (of this rank, exact, written before
+// `ticket`).
 struct HostReport {
   HostStatus* status;
   int64_t* values;

@@ -113,8 +113,8 @@ __device__ inline void sum_expanded(const NotifyParams& p, const Records& record
 }
 
 // All threads. Fills the plan's counts, first rows, `out`, and the host's expert counts. Who may be writing to the
-// peers' counts: nobody; a rank counts anew only after all peers have finished this operation, since its own ends with
-// their signals.
+// peers' counts: nobody; a rank counts anew only after all peers' signals at the end of this operation, which they give
+// when they have pulled these.
 __device__ inline void count_all(const NotifyParams& p, const Records& records, Counted* out) {
   const World& world = p.world;
   const bool expand = static_cast<Layout>(p.fields[kFieldLayout]) == Layout::expand;

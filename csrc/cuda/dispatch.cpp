@@ -63,21 +63,17 @@ uint64_t Engine::dispatch_workspace_bytes(const DispatchParams& p) const {
   return carve(p).bytes;
 }
 
-// Peers read the counts of a dispatch until they have published the operation behind it: two halves in turn, so that
-// the other one is written meanwhile. (Replays of a graph write the same one again; the signals at the end of an
-// operation say that all have read it.)
+// One block, written by every dispatch: an operation whose counts were pulled ends only after all ranks' signals, which
+// each gives when it has pulled them (place, or `exceeded` in notify.cu).
 BlockRef Engine::counts_block(uint64_t bytes) {
-  BlockRef both{0, counts_offset(options_.num_ranks), kCountsBytes};
-  if (2 * bytes > kCountsBytes) {
-    if (large_counts_.empty() || large_counts_.back().bytes < 2 * bytes) {
-      const RelaxedCapture relaxed;
-      heap_->locate(heap_->allocate(2 * bytes), 2 * bytes, &both);
-      large_counts_.push_back(both);
-    }
-    both = large_counts_.back();
+  if (bytes <= kCountsBytes) return {0, counts_offset(options_.num_ranks), bytes};
+  if (large_counts_.empty() || large_counts_.back().bytes < bytes) {
+    const RelaxedCapture relaxed;
+    BlockRef block;
+    heap_->locate(heap_->allocate(bytes), bytes, &block);
+    large_counts_.push_back(block);
   }
-  second_half_ = !second_half_;
-  return {both.segment, both.offset + (second_half_ ? bytes : 0), bytes};
+  return large_counts_.back();
 }
 
 int32_t* Engine::expert_counts_report(int num_local) {
@@ -207,7 +203,7 @@ void Engine::dispatch_begin(const DispatchParams& p, const DispatchOutputs* outp
   ++counters_.operations;
   if (!p.host_counts) return;
   wait_for(notify.ticket, interrupted);
-  raise_reported();
+  raise_reported(op);
   const HostStatus& status = *world_.report.status;
   *counts = {status.num_recv_tokens, status.num_rows, status.num_max_tokens_per_rank, status.digest};
   std::copy_n(notify.world.report.expert_counts, p.num_local, expert_counts);

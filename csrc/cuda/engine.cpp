@@ -123,13 +123,28 @@ void Engine::settle(const Error& error) {
     give_up(error);
 }
 
-void Engine::raise_reported() {
+// A peer that gave up will not do its part of anything, whatever it signalled before.
+void Engine::raise_if_peer_gave_up(Op op) {
+  if (abort_ != Abort::peer) return;
+  for (int r = 0; r < options_.num_ranks; ++r) {
+    const PeerState peer = attendant_->state(r);
+    if (!peer.gave_up) continue;
+    Error error = peers_error(r, peer.gave_up, std::string(name_of(op)) + ": ");
+    error.op = name_of(op);
+    error.phase = "notify";
+    give_up(error);
+    throw error;
+  }
+}
+
+void Engine::raise_reported(Op op) {
   const std::optional<Error> error = reported(true);
   if (error) {
     settle(*error);
     throw *error;
   }
   // The kernel saw its peers although the host had given up waiting: peers know nothing of it, but this rank is ended.
+  raise_if_peer_gave_up(op);
   const Abort cause = abort_;
   if (cause == Abort::none || cause == Abort::peer) return;
   Error ended(cause == Abort::interrupted ? ErrorKind::interrupted : ErrorKind::general,
@@ -192,7 +207,7 @@ bool Engine::missed(int rank) {
 void Engine::begin(Op op, Stream stream, const Interrupted& interrupted) {
   require_sound();
   const std::optional<Error> error = reported(false);
-  if (!error) return;
+  if (!error) return raise_if_peer_gave_up(op);
   if (error->agreed && !is_capturing(stream))
     take_place(op, "an earlier operation failed there: " + error->message, stream, interrupted);
   settle(*error);

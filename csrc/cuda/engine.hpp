@@ -75,7 +75,8 @@ class Engine {
   std::optional<Error> reported(bool patient) const;
   // It is about to be raised: an agreed one is over, any other is the end of this buffer.
   void settle(const Error& error);
-  void raise_reported();
+  void raise_reported(Op op);
+  void raise_if_peer_gave_up(Op op);
   void give_up(const Error& error);
   void abort(Abort cause);
   bool missed(int rank);
@@ -111,7 +112,6 @@ class Engine {
   std::unique_ptr<Attendant> attendant_;
 
   const int process_;
-  bool second_half_ = false;  // of the counts block: the last dispatch's
   uint64_t ticket_ = 0;  // the last one handed out; close waits for it
   int num_experts_ = 0;  // of the last dispatch, for errors
   bool expand_ = false;

@@ -71,8 +71,8 @@ __device__ __forceinline__ int32_t warp_inclusive_sum(int32_t value, int lane) {
 // `mask` what another wrote.
 template <bool kAssign>
 struct Walk {
-  const Work& w;
-  const LayoutParams& p;
+  const Work w;  // copies, not references: fewer registers
+  const LayoutParams p;
   const int lane;
   int32_t* const running;  // [columns] rows given out so far
   uint32_t* const mask;    // [R] which of the 32 tokens go there

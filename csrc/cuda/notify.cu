@@ -135,9 +135,11 @@ __device__ void finish_plan(const NotifyParams& p, const Records& records, const
   status->digest = plan[kPlanDigest];
 }
 
-// All threads. Every rank finds the same one: agreed.
+// All threads. Every rank finds the same one: agreed. Peers may still be pulling this rank's counts, and no later
+// signal of this operation would tell when the last has: so all signal here, before anybody counts anew.
 __device__ void exceeded(const NotifyParams& p, const Records& records, const Counted& counted, uint64_t seq) {
-  if (threadIdx.x != 0) return;
+  signal_all(p.world, &DeviceInbox::arrived, seq);
+  if (!wait_for_all(p.world, &DeviceInbox::arrived, seq, p.op, Phase::notify) || threadIdx.x != 0) return;
   p.world.state->failed = seq;
   if (!may_report(p.world)) return;
   Trouble trouble;

@@ -95,7 +95,7 @@ void Engine::barrier(Stream stream, bool host_wait, const Interrupted& interrupt
   ++counters_.operations;
   if (!host_wait) return;
   wait_for(notify.ticket, interrupted);
-  raise_reported();
+  raise_reported(Op::barrier);
 }
 
 }  // namespace cuda

@@ -82,7 +82,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // A barrier on which bulk loads report; for one arrival (the thread that asks) and the bytes it announces.
 __device__ __forceinline__ void bulk_barrier_init(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  // Seen by the copy engine, which is another proxy.
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 // bytes: a multiple of 16; both addresses aligned to 16.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {

@@ -86,7 +86,7 @@ __device__ inline void give_up(const World& world, const Trouble& trouble, bool 
 
 // All threads of the block: store `seq` in this rank's word at every peer and at itself. Everything that the block
 // stored before, and what this thread acquired from other blocks, is seen by whoever sees the word.
-__device__ inline void signal_all(const World& world, uint64_t DeviceInbox::*word, uint64_t seq) {
+__device__ inline void signal_all(const World& world, uint64_t DeviceInbox::* word, uint64_t seq) {
   __syncthreads();
   // Start behind ourselves, so that not everybody's stores go to rank 0 first.
   for (int i = static_cast<int>(threadIdx.x); i < world.num_ranks; i += static_cast<int>(blockDim.x)) {
@@ -113,7 +113,8 @@ __device__ inline uint32_t look_around(const World& world, uint64_t begin, int* 
 // All threads of the one block: wait until every rank's word in the own inbox has reached `seq`. False: this rank has
 // given up, and the host knows why; the same in all threads. One thread waits for one peer; the block is all that a
 // waiting rank holds of the device.
-__device__ inline bool wait_for_all(const World& world, uint64_t DeviceInbox::*word, uint64_t seq, Op op, Phase phase) {
+__device__ inline bool wait_for_all(const World& world, uint64_t DeviceInbox::* word, uint64_t seq, Op op,
+                                    Phase phase) {
   DEEP_EP_SHARED(uint32_t, ending, 1);
   DEEP_EP_SHARED(uint32_t, reports, 1);
   DEEP_EP_SHARED(int, culprit, 1);

@@ -12,7 +12,7 @@ ALLOCATE, FREE = "deep_ep_cuda_malloc", "deep_ep_cuda_free"
 
 def path() -> Path:
     """Where the library lies if this build has one."""
-    return Path(__file__).resolve().parents[1] / "libdeep_ep_cuda.so"
+    return Path(__file__).resolve().parents[1] / "lib" / "libdeep_ep_cuda.so"
 
 
 def built() -> bool:

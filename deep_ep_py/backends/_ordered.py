@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from ..errors import EPError
+from .._rows import CPU
+from ..errors import EPArgumentError, EPError
 from ..event import CompletionEvent
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
 from ._order import Order
 from ._record import Record, meet, take_part
+from ._streams import streams_of
 from ._worker import Completion
 from .base import Flight, Statistics
 
@@ -23,9 +25,12 @@ class OrderedBackend(ABC):
 
     name: str
 
-    def __init__(self, rank: int, num_ranks: int) -> None:
+    def __init__(self, rank: int, num_ranks: int, device: torch.device = CPU) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
+        self.device = device
+        self._streams = streams_of(device)
+        self.comm_stream = self._streams.comm_stream
         self._order = Order(f"deep_ep_py-{self.name}-{rank}", rank, self._tell_peers)
         self._statistics = Statistics()
 
@@ -66,12 +71,27 @@ class OrderedBackend(ABC):
             EPArgumentError, EPMismatchError: on every rank; nothing has moved and the buffer stays usable.
             EPTimeoutError, EPPeerError: ranks did not come or are gone; the buffer is poisoned.
         """
-        begun = self._order.run("dispatch", lambda: self._begin_dispatch(spec, previous), background)
-        return Flight(begun.result, Completion() if background else None, begun)
+        self._refuse_capture("dispatch")
+        turn = self._streams.turn(only_previous=spec.on_comm_stream)
+
+        def begin() -> Any:
+            with turn.on_stream():
+                return self._begin_dispatch(spec, previous)
+
+        begun = self._order.run("dispatch", begin, background)
+        out: Dispatched = begun.result
+        turn.lend((out.recv_x, out.recv_sf, out.recv_topk_idx, out.recv_topk_weights, out.recv_meta, out.plan.packed))
+        return Flight(out, Completion() if background else None, (begun, turn))
 
     def dispatch_send(self, flight: Flight) -> None:
-        begun, flight.state = flight.state, None
-        self._order.start("dispatch", lambda: self._deliver(begun), flight.event)
+        (begun, turn), flight.state = flight.state, None
+
+        def deliver() -> None:
+            with turn.on_stream():
+                self._deliver(begun)
+            turn.finish()
+
+        self._order.start("dispatch", deliver, flight.event)
 
     def dispatch_recv(self, flight: Flight) -> Dispatched:
         result: Dispatched = flight.result
@@ -83,12 +103,23 @@ class OrderedBackend(ABC):
         """Begin a combine: outputs only, behind nothing that is under way. Ranks meet in ``combine_send``, which raises
         what :meth:`prepare` would."""
         self._order.check()
-        return Flight(self._outputs(spec), Completion() if background else None, (spec, tuple(previous)))
+        self._refuse_capture("combine")
+        turn = self._streams.turn(only_previous=spec.on_comm_stream)
+        with turn.on_stream():
+            result = self._outputs(spec)
+        turn.lend((result.combined_x, result.combined_topk_weights))
+        return Flight(result, Completion() if background else None, (spec, tuple(previous), turn))
 
     def combine_send(self, flight: Flight) -> None:
-        (spec, previous), flight.state = flight.state, None
+        (spec, previous, turn), flight.state = flight.state, None
         result = flight.result
-        self._order.start("combine", lambda: self._combine(spec, previous, result), flight.event)
+
+        def combine() -> None:
+            with turn.on_stream():
+                self._combine(spec, previous, result)
+            turn.finish()
+
+        self._order.start("combine", combine, flight.event)
 
     def combine_recv(self, flight: Flight) -> Combined:
         result: Combined = flight.result
@@ -98,7 +129,7 @@ class OrderedBackend(ABC):
         """See :class:`.base.Backend`."""
         self._order.give_up("a dispatch was begun and then given up")
 
-    def barrier(self) -> None:
+    def barrier(self, *, host: bool = True) -> None:  # noqa: ARG002
         self._order.run("barrier", lambda: self._meet("barrier", {}, {}), background=False)
 
     def fail(self, op: str, message: str) -> None:
@@ -113,6 +144,12 @@ class OrderedBackend(ABC):
     def close(self) -> None:
         """Wait for this rank's own operations in flight, then leave; peers are not waited for."""
         self._order.close(self._release)
+
+    def _refuse_capture(self, op: str) -> None:
+        why = self._streams.refusal()
+        if why:
+            self.fail(op, why)
+            raise EPArgumentError(why, op=op)
 
     def _meet(
         self,

@@ -23,9 +23,9 @@ def positions(plan: Plan, num_ranks: int) -> tuple[torch.Tensor, list[int], torc
     index = index[torch.argsort(holder, stable=True)]
     counts = torch.bincount(holder, minlength=num_ranks).tolist()
     position = torch.full_like(plan.targets, -1)
-    position.view(-1)[index] = torch.arange(index.numel(), dtype=torch.int64, device="cpu")
+    position.view(-1)[index] = torch.arange(index.numel(), dtype=torch.int64, device=index.device)
     # A slot that shares its row has the one of its token that moves to that rank; where slots share, there is only one.
-    of_rank = torch.full((ranks.shape[0], num_ranks), -1, dtype=torch.int64, device="cpu")
+    of_rank = torch.full((ranks.shape[0], num_ranks), -1, dtype=torch.int64, device=ranks.device)
     token, slot = moving.nonzero(as_tuple=True)
     of_rank[token, ranks[token, slot]] = position[token, slot]
     shared = (ranks >= 0) & ~moving
@@ -43,7 +43,7 @@ def combine_rows(
 ) -> None:
     """``out`` [T, H]: bias and ``rows`` (at ``position``), columns ascending, rounded once to out's dtype."""
     acc_dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-    acc = torch.zeros(out.shape, dtype=acc_dtype, device="cpu")
+    acc = torch.zeros(out.shape, dtype=acc_dtype, device=out.device)
     if bias:
         acc.copy_(bias[0])
     if len(bias) == 2:
@@ -57,11 +57,12 @@ def combine_rows(
         of_rank = ranks[:, column : column + 1]
         last = moving[:, column] & ~(ranks[:, column + 1 :] == of_rank).any(1)
         tokens = last.nonzero().reshape(-1)
-        partial = torch.zeros((tokens.numel(), out.shape[1]), dtype=acc_dtype, device="cpu")
+        partial = torch.zeros((tokens.numel(), out.shape[1]), dtype=acc_dtype, device=out.device)
         for k in range(column + 1):
             _add(partial, rows, position[tokens, k], (ranks[:, k] == ranks[:, column])[tokens])
-        acc.index_add_(0, tokens, partial.to(out.dtype).to(acc_dtype))
-    out.copy_(acc.masked_fill_(acc.isnan(), float("nan")))  # one NaN, whatever bits the additions made
+        _add_at(acc, tokens, partial.to(out.dtype).to(acc_dtype))
+    # One NaN, whatever bits the additions and, on a GPU, the rounding made.
+    out.copy_(acc).masked_fill_(acc.isnan(), float("nan"))
 
 
 def combine_weights(out: torch.Tensor, weights: torch.Tensor, plan: Plan, position: torch.Tensor) -> None:
@@ -78,6 +79,15 @@ def combine_weights(out: torch.Tensor, weights: torch.Tensor, plan: Plan, positi
 
 
 def _add(acc: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, where: torch.Tensor) -> None:
-    """``acc[t] += rows[position[t]]`` for the tokens of ``where``; each occurs once, so the order is the caller's."""
+    """``acc[t] += rows[position[t]]`` for the tokens of ``where``."""
     tokens = where.nonzero().reshape(-1)
-    acc.index_add_(0, tokens, rows.index_select(0, position[tokens]).to(acc.dtype))
+    _add_at(acc, tokens, rows.index_select(0, position[tokens]).to(acc.dtype))
+
+
+def _add_at(acc: torch.Tensor, tokens: torch.Tensor, values: torch.Tensor) -> None:
+    """``acc[tokens] += values``; each token occurs once, so the order of addition is the caller's."""
+    if acc.is_cpu:
+        acc.index_add_(0, tokens, values)
+    else:
+        # A GPU would add by atomics, which flush subnormal float32 to zero.
+        acc.index_copy_(0, tokens, acc.index_select(0, tokens).add_(values))

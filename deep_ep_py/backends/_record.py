@@ -49,9 +49,9 @@ def take_part(
     """Take the operation's place in the order. What this rank refuses, its peers learn here."""
     refusal: Exception | None = None
     try:
-        check()
-        for event in previous:
+        for event in previous:  # first: what they stand for may be what is checked
             event.wait()
+        check()
     except Exception as e:
         refusal = e
         record.failed = str(e) or type(e).__name__

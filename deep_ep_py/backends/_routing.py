@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -10,6 +12,21 @@ from .. import _C
 from ..layout import align, dispatch_layout
 from ..plans import LAYOUTS, Plan
 from ..types import DispatchSpec, ExpertPlacement
+
+
+def on_host(plan: Plan) -> Plan:
+    """A plan whose integers are all known. From a GPU it is copied back, at every use: that is a wait for the stream
+    and 8 bytes a slot, and it keeps no copy alive beside a tensor that may travel through an autograd graph."""
+    return plan if plan.packed.is_cpu else Plan.of(plan.packed.cpu())
+
+
+def routing_on_host(spec: DispatchSpec) -> DispatchSpec:
+    """The same dispatch, with what routes it on the CPU. Rows, scale factors and weights stay where they are."""
+    if spec.x.is_cpu:
+        return spec
+    names = ("topk_idx", "is_token_in_rank", "num_tokens_per_rank", "num_tokens_per_expert")
+    routing: dict[str, Any] = {n: None if (t := getattr(spec, n)) is None else t.cpu() for n in names}
+    return replace(spec, plan=None if spec.plan is None else on_host(spec.plan), **routing)
 
 
 def own_layout(spec: DispatchSpec, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,6 +168,6 @@ def local_ids(topk_idx: torch.Tensor, placement: ExpertPlacement, rank: torch.Te
     """[n, K] int64: ids among the experts of ``rank`` [n, 1], -1 for slots of other ranks and for none."""
     if placement.num_experts == 0:
         return torch.full_like(topk_idx, -1)
-    expert = topk_idx.clamp(min=0)
-    here = (topk_idx >= 0) & (placement.rank.to(torch.int64)[expert] == rank)
-    return torch.where(here, placement.local.to(torch.int64)[expert], -1)
+    expert, device = topk_idx.clamp(min=0), topk_idx.device
+    here = (topk_idx >= 0) & (placement.rank.to(device, torch.int64)[expert] == rank)
+    return torch.where(here, placement.local.to(device, torch.int64)[expert], -1)

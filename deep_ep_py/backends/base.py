@@ -105,7 +105,6 @@ class Backend(Protocol):
     @property
     def comm_stream(self) -> Any: ...
 
-
     def prepare(
         self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
     ) -> Flight:

@@ -2,18 +2,24 @@
 
 Every operation is a rendezvous (:mod:`._record`), then exchanges whose sizes every rank can compute. A dispatch sends a
 row once to each destination, which copies it to its slots' rows; a combine asks each holder for the rows that the plan
-names and adds them (:mod:`._recipe`). Memory is ordinary memory on the CPU.
+names and adds them (:mod:`._recipe`).
+
+Records, counts and routings are the CPU's, wherever tensors lie. Rows on a GPU stay there: they travel over a channel
+of their own (:mod:`.._nccl`), and what is done to them is done on the communication stream. Top-k ids, and the plan of
+a cached dispatch or a combine, are copied to the host first, and the host waits for each exchange. So a call always
+waits for the device, and none can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from .._rows import RowChannel
+from .._rows import CPU, RowChannel
 from ..communicator import Communicator
-from ..errors import EPError
+from ..errors import EPBackendUnavailableError, EPError
 from ..event import CompletionEvent
 from ..layout import target_rows
 from ..settings import Settings
@@ -23,13 +29,16 @@ from ._deliver import Delivery, allocate
 from ._ordered import OrderedBackend
 from ._recipe import combine_rows, combine_weights, positions
 from ._record import all_gather
-from ._routing import Counts, own_layout
+from ._routing import Counts, on_host, own_layout, routing_on_host
 
 __all__ = ["CollectiveBackend"]
 
 
 class CollectiveBackend(OrderedBackend):
-    """One rank's end. Construction is collective: it opens a row channel of its own.
+    """One rank's end. Construction is collective: it opens row channels of its own.
+
+    Args:
+        device: where tensors of calls and results lie.
 
     Raises:
         EPTimeoutError: a rank did not come to the construction within ``settings.connect_timeout_seconds``.
@@ -38,17 +47,45 @@ class CollectiveBackend(OrderedBackend):
 
     name = "collective"
 
-    def __init__(self, communicator: Communicator, settings: Settings) -> None:
-        super().__init__(communicator.rank, communicator.size)
+    def __init__(self, communicator: Communicator, settings: Settings, device: torch.device = CPU) -> None:
+        super().__init__(communicator.rank, communicator.size, device)
         communicator.exchange(b"", timeout=settings.connect_timeout_seconds, what="backend collective")
-        self._channel: RowChannel = communicator.open_rows(timeout=settings.timeout_seconds)
+        self._channel = communicator.open_rows(timeout=settings.timeout_seconds)
+        #: Of what lies on the device.
+        self._rows = self._channel if device.type == "cpu" else self._open_rows(communicator, settings)
 
-    def _begin_dispatch(self, spec: DispatchSpec, previous: Sequence[CompletionEvent]) -> Delivery:
-        agree = dispatch_agrees_on(spec)
-        worst = -1 if spec.num_worst_tokens is None else spec.num_worst_tokens
-        tell = {"num_worst_tokens": worst, "num_tokens": spec.x.shape[0]}
-        op = "dispatch" if spec.plan is None else "cached dispatch"
-        records = self._meet(op, agree, tell, lambda: check_dispatch(spec), previous)
+    def _open_rows(self, communicator: Communicator, settings: Settings) -> RowChannel:
+        """What does not connect for one rank is everybody's affair: the others must not go on without it."""
+        rows, refusal = None, ""
+        try:
+            rows = communicator.open_rows(timeout=settings.timeout_seconds, device=self.device)
+        except EPBackendUnavailableError as e:
+            refusal = e.reasons.get("collective", str(e))
+        timeout, what = settings.connect_timeout_seconds, "device rows"
+        answers = communicator.exchange(refusal.encode(), timeout=timeout, what=what)
+        failed = {r: a.decode() for r, a in enumerate(answers) if a}
+        if rows is None or failed:
+            for channel in (rows, self._channel):
+                if channel is not None:
+                    channel.close()
+            why = f"rows on {self.device}: {failed}"
+            raise EPBackendUnavailableError(f"collective: {why}", reasons={"collective": why})
+        return rows
+
+    def _begin_dispatch(self, given: DispatchSpec, previous: Sequence[CompletionEvent]) -> Delivery:
+        agree: dict[str, int | str] = {}
+        worst = -1 if given.num_worst_tokens is None else given.num_worst_tokens
+        tell = {"num_worst_tokens": worst, "num_tokens": given.x.shape[0]}
+        spec = given
+
+        def check() -> None:
+            nonlocal spec
+            spec = routing_on_host(given)
+            agree.update(dispatch_agrees_on(spec))
+            check_dispatch(spec)
+
+        op = "dispatch" if given.plan is None else "cached dispatch"
+        records = self._meet(op, agree, tell, check, previous)
         plan = spec.plan
         if plan is None:
             in_rank, per_expert = own_layout(spec, self.num_ranks)
@@ -59,25 +96,33 @@ class CollectiveBackend(OrderedBackend):
             targets = counts.route(spec, spec.topk_idx, spec.is_token_in_rank, self.rank)
             num_max_tokens = spec.num_max_tokens_per_rank or max(r.tell["num_tokens"] for r in records)
             plan = counts.plan(spec, targets, self.rank, num_max_tokens, self._order.seq)
-        return Delivery(spec, allocate(spec, plan, self.num_ranks), self.rank, self.num_ranks, self._order.seq)
+        result = allocate(given, plan, self.num_ranks)
+        return Delivery(given, result, plan, self.rank, self.num_ranks, self._order.seq)
 
     def _deliver(self, delivery: Delivery) -> None:
         self._order.at = ("dispatch", "arrive", delivery.seq)
-        delivery.run(self._channel)
+        delivery.run(self._rows)
 
     # Combine --------------------------------------------------------------------------------------------------------
 
     def _outputs(self, spec: CombineSpec) -> Combined:
         num_tokens, num_columns = spec.plan.num_tokens, spec.plan.num_slots
-        combined_x = torch.empty((num_tokens, spec.y.shape[-1]), dtype=spec.y.dtype, device="cpu")
+        combined_x = torch.empty((num_tokens, spec.y.shape[-1]), dtype=spec.y.dtype, device=self.device)
         weights = None
         if spec.weights is not None:
             num_topk = num_columns if spec.plan.layout == "expand" else spec.weights.shape[-1]
-            weights = torch.empty((num_tokens, num_topk), dtype=spec.weights.dtype, device="cpu")
+            weights = torch.empty((num_tokens, num_topk), dtype=spec.weights.dtype, device=self.device)
         return Combined(combined_x, weights)
 
     def _combine(self, spec: CombineSpec, previous: Sequence[CompletionEvent], result: Combined) -> None:
-        self._meet("combine", combine_agrees_on(spec), {}, lambda: check_combine(spec), previous)
+        agree: dict[str, int | str] = {}
+
+        def check() -> None:
+            known = replace(spec, plan=on_host(spec.plan))
+            agree.update(combine_agrees_on(known))
+            check_combine(known)
+
+        self._meet("combine", agree, {}, check, previous)
         self._order.enter("pull")
         index, wanted, position = positions(spec.plan, self.num_ranks)
         ones = [1] * self.num_ranks
@@ -85,13 +130,13 @@ class CollectiveBackend(OrderedBackend):
         asked = torch.tensor(wanted, dtype=torch.int64, device="cpu")
         self._channel.all_to_all_single(asked_of_me, asked, ones, ones)
         given = asked_of_me.tolist()
-        rows_of_mine = torch.empty(sum(given), dtype=torch.int64, device="cpu")
+        rows_of_mine = torch.empty(sum(given), dtype=torch.int64, device=self.device)
         rows = target_rows(spec.plan.targets).reshape(-1)[index]
-        self._channel.all_to_all_single(rows_of_mine, rows, given, wanted)
+        self._rows.all_to_all_single(rows_of_mine, rows, given, wanted)
 
         def pull(mine: torch.Tensor) -> torch.Tensor:
-            out = torch.empty((sum(wanted), mine.shape[1]), dtype=mine.dtype, device="cpu")
-            self._channel.all_to_all_single(out, mine.index_select(0, rows_of_mine), wanted, given)
+            out = torch.empty((sum(wanted), mine.shape[1]), dtype=mine.dtype, device=self.device)
+            self._rows.all_to_all_single(out, mine.index_select(0, rows_of_mine), wanted, given)
             return out
 
         pulled = pull(spec.y)
@@ -103,13 +148,14 @@ class CollectiveBackend(OrderedBackend):
     # The rest -------------------------------------------------------------------------------------------------------
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
         return all_gather(self._channel, self.num_ranks, own)
 
     def _tell_peers(self, error: EPError) -> None:  # noqa: ARG002
-        self._channel.close()
+        self._release()
 
     def _release(self) -> None:
+        self._rows.close()
         self._channel.close()

@@ -262,8 +262,7 @@ class CudaPeerBackend:
             if new and spec.describe_sources:
                 width = () if spec.layout == "rank" else (2 + num_topk,)
                 recv_meta = empty((meta_rows, *width), torch.int32)
-        found = (recv_x, recv_sf, recv_idx, recv_weights, recv_meta)
-        return found
+        return recv_x, recv_sf, recv_idx, recv_weights, recv_meta
 
     def _tables_of(self, placement: ExpertPlacement) -> tuple[torch.Tensor, ...]:
         """On the device: rank and local number of each expert; experts by those; where each rank's begin."""

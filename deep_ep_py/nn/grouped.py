@@ -12,7 +12,8 @@ def grouped_mm(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor) -> torch.Te
     torch's own kernel runs where it takes these operands (bf16, fp16 and float32, sizes that are multiples of 16 bytes,
     torch 2.10 or newer; compiled, bf16 only). Elsewhere a loop over the groups runs, behind an operator, because it has
     to read ``offs`` on the host (once) and ``torch.compile`` must not look inside. On a CPU both multiply group by
-    group; with many small groups torch's kernel is up to twice as fast.
+    group; with many small groups torch's kernel is up to twice as fast. On a GPU torch's kernel runs bf16 rows without
+    the host; its gradient in w wants groups that start at multiples of 16 bytes' worth of rows (8 of bf16).
 
     Args:
         x: [N, M] rows, sorted by group; any float dtype.

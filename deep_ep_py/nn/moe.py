@@ -46,12 +46,14 @@ class MoELayer(nn.Module):
         buffer: whose ranks hold the experts; layers may share one. None: an own one of a single rank, this process.
         router: how to score and choose; None is ``RouterConfig()``.
         shared_width: inner width of an expert that all tokens pass, as DeepSeekMoE has it (arXiv 2401.06066); 0: none.
-        expert_alignment: rows of an expert start at a multiple of it, zeros between. Grouped kernels of GPUs want 8
-            for 16-bit rows; on CPUs it only adds rows.
+        expert_alignment: rows of an expert start at a multiple of it, zeros between. None: 8 on a GPU, which torch's
+            grouped kernel wants of 16-bit rows (their gradient in the weights reads 16 bytes at a time); 1 on a CPU,
+            where more only adds rows.
         overlap_shared: compute the shared expert while rows travel, and its backward pass while gradients do.
         separate_plan: plan, then dispatch, instead of both in one rendezvous: for selective activation checkpointing
             that saves what ``torch.ops.deep_ep_py.plan.default`` returns, so that recomputation exchanges no counts.
-        device, dtype: of the parameters; the router is float32 in any case.
+        device, dtype: of the parameters; the router is float32 in any case. Parameters and tokens must be on the
+            buffer's device when the layer is called.
 
     Raises:
         EPArgumentError: as RouterConfig and Router.
@@ -75,7 +77,7 @@ class MoELayer(nn.Module):
         *,
         router: RouterConfig | None = None,
         shared_width: int = 0,
-        expert_alignment: int = 1,
+        expert_alignment: int | None = None,
         overlap_shared: bool = True,
         separate_plan: bool = False,
         device: torch.device | str | None = None,
@@ -83,6 +85,8 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.buffer = buffer if buffer is not None else ElasticBuffer(thread_world(1)[0], hidden=hidden)
+        if expert_alignment is None:
+            expert_alignment = 1 if self.buffer.device.type == "cpu" else 8
         self.expert_alignment, self.overlap_shared, self.separate_plan = expert_alignment, overlap_shared, separate_plan
         rank, num_ranks = self.buffer.rank_idx, self.buffer.num_ranks
         self.router = Router(hidden, num_experts, num_topk, router, device=device)

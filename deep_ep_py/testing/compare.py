@@ -14,7 +14,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def assert_same_bits(actual: Tensor | None, expected: Tensor | None, what: str, *, any_nan: bool = False) -> None:
-    """Same dtype, shape and bits (or both None). ``any_nan``: all NaNs are equal to each other.
+    """Same dtype, shape and bits (or both None), ``actual`` on any device. ``any_nan``: all NaNs are equal.
 
     Raises:
         AssertionError: with the number of differing elements, the first one's index and both values.
@@ -22,6 +22,7 @@ def assert_same_bits(actual: Tensor | None, expected: Tensor | None, what: str, 
     if actual is None or expected is None:
         assert actual is expected, f"{what}: {_describe(actual)}, expected {_describe(expected)}"
         return
+    actual = actual.cpu()
     same_kind = actual.dtype == expected.dtype and actual.shape == expected.shape
     assert same_kind, f"{what}: {_describe(actual)}, expected {_describe(expected)}"
     differs = bits(actual) != bits(expected)

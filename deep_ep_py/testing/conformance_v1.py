@@ -13,6 +13,7 @@ from deep_ep_py import reference
 
 from .cases import Case, computed_once, domain_size, make_inputs, make_rows, make_weights, settings_for
 from .compare import assert_same_bits
+from .devices import carried
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def open_buffer(group: Any, backend: str) -> Iterator[Any]:
     settings = settings_for(backend, rank_of(group), size_of(group))
     buffer = Buffer(group, backend=backend, settings=settings)
     try:
-        yield buffer
+        yield carried(buffer)
     finally:
         buffer.destroy()
 

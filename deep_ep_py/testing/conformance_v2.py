@@ -15,6 +15,7 @@ from deep_ep_py import reference
 from .cases import Case, computed_once, domain_size, make_inputs, make_rows, make_weights, settings_for
 from .compare import assert_same_bits
 from .conformance_v1 import payload, rank_of, size_of
+from .devices import carried
 
 INT_FIELDS = ("num_recv_tokens", "num_expanded_tokens", "num_recv_tokens_per_expert_list")
 TENSOR_FIELDS = (
@@ -64,7 +65,7 @@ def open_buffer(group: Any, backend: str, *, multiple: bool = True, **options: A
         group, allow_multiple_reduction=multiple, backend=backend, num_cpu_timeout_secs=30, **options
     )
     try:
-        yield buffer
+        yield carried(buffer)
     finally:
         buffer.destroy()
 
@@ -170,11 +171,11 @@ def check_dispatched(result: Any, expected: reference.V2Received, case: Case, mo
         assert getattr(handle, name) == getattr(expected, name), f"handle.{name}"
     for name in TENSOR_FIELDS:
         assert_same_bits(getattr(handle, name), getattr(expected, name), f"handle.{name}")
-    ends = handle.psum_num_recv_tokens_per_scaleup_rank
+    ends = handle.psum_num_recv_tokens_per_scaleup_rank.cpu()
     by_source = expected.psum_num_recv_tokens_per_scaleup_rank.diff(prepend=ends.new_zeros(1))
     wanted = by_source.view(-1, len(ends)).sum(0).cumsum(0).int()  # over several domains by the rail that brings them
     assert_same_bits(ends, wanted, "handle.psum_num_recv_tokens_per_scaleup_rank")
-    metadata, wanted = handle.recv_src_metadata, expected.recv_src_metadata
+    metadata, wanted = handle.recv_src_metadata.cpu(), expected.recv_src_metadata
     assert metadata.shape[0] == (len(wanted) if mode.sync else case.num_ranks * case.num_max_tokens_per_rank)
     metadata = metadata[: len(wanted)]
     assert_same_bits(metadata[:, 0], wanted[:, 0], "handle.recv_src_metadata[:, 0]")

@@ -24,6 +24,7 @@ from ..elastic import ElasticBuffer
 from ..errors import EPError
 from ..settings import Settings
 from ..types import ExpertPlacement
+from .devices import carried
 
 #: One decode step of DeepSeek-V3 on each rank.
 TOKENS, HIDDEN, TOPK, EXPERTS = 128, 7168, 8, 256
@@ -54,7 +55,8 @@ def try_backends(group: Any, names: Sequence[str], settings: Settings, seconds: 
 
 def round_trip(group: Any, settings: Settings) -> Outcome:
     """Dispatch and combine, compared with what one process computes; the median time of a few."""
-    buffer = ElasticBuffer(group, num_max_tokens_per_rank=TOKENS, hidden=HIDDEN, num_topk=TOPK, settings=settings)
+    opened = ElasticBuffer(group, num_max_tokens_per_rank=TOKENS, hidden=HIDDEN, num_topk=TOPK, settings=settings)
+    buffer = carried(opened)
     try:
         ranks, me = buffer.num_ranks, buffer.rank_idx
         seeded = torch.Generator().manual_seed(1)
@@ -81,7 +83,7 @@ def round_trip(group: Any, settings: Settings) -> Outcome:
         info = buffer.backend_info()
         return {"name": info.name, "refused": info.refused, "seconds": statistics.median(times)}
     finally:
-        buffer.destroy()
+        opened.destroy()
 
 
 def worst_of(by_rank: list[dict[str, Outcome]]) -> dict[str, Outcome]:

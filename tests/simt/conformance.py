@@ -1,19 +1,14 @@
-"""The conformance cases through the emulated library, one schedule a run. A program, so that the library can be built with
-AddressSanitizer, which wants to be there before the interpreter: see tests/test_cuda_emulated.py.
+"""The conformance cases through the emulated library, one schedule a run. A program, so that the library can be built
+with AddressSanitizer, which wants to be there before the interpreter: see tests/test_cuda_emulated.py.
 
-    DEEP_EP_SIMT_LIBRARY=libdeep_ep_simt.so python tests/simt/conformance.py --seed 3 --policy 1
+    PYTHONPATH=.:tests DEEP_EP_SIMT_LIBRARY=<build>/libdeep_ep_simt.so python -m simt.conformance --seed 3 --policy 1
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
-
 from simt import emulated
 
 from deep_ep_py.testing import Case, run_processes, run_threads

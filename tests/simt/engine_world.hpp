@@ -239,8 +239,8 @@ inline void run_world(const World& world, const std::function<void(Rank&)>& body
   const uint64_t number = ++epoch;
   for (size_t r = 0; r < n; ++r) {
     ranks[r].rank = static_cast<int>(r);
-    deep_ep_cuda_open_params open{number, static_cast<int>(r), world.num_ranks, 0, world.timeout_seconds,
-                                  world.heap_bytes, 0};
+    deep_ep_cuda_open_params open{
+        number, static_cast<int>(r), world.num_ranks, 0, world.timeout_seconds, world.heap_bytes, 0};
     ranks[r].must(api().open(&open, &ranks[r].engine, &ranks[r].error));
     char name[108];
     ranks[r].must(api().endpoint(ranks[r].engine, name, sizeof name, &ranks[r].error));

@@ -242,7 +242,6 @@ void test_stopped() {
     cuda::DeviceDestination destination{};
     destination.output[cuda::kRecvX] = out.data();
     destination.row_limit = 1;
-    const cuda::DeviceRows rows{x.data(), nullptr, 1};
     int64_t target = make_target(0, 0);
     cuda::PlaceParams place;
     place.world = ranks.world(0);
@@ -253,22 +252,15 @@ void test_stopped() {
     place.x = x.data();
     place.x_stride_bytes = place.row_bytes = 64;
     cuda::launch_place(place, 3, nullptr);
-    cuda::CombineKernelParams combine;
-    combine.world = ranks.world(0);
-    combine.num_tokens = combine.num_slots = 1;
-    combine.targets = &target;
-    combine.rows = &rows;
-    combine.hidden = 32;
-    combine.out = out.data();
-    cuda::launch_combine(combine, 3, nullptr);
     expect(out == expected, "stopped: nothing moves");
-    expect(ranks.inbox(0, 0).arrived == 0 && ranks.inbox(0, 0).released == 0, "stopped: no signal");
+    expect(ranks.inbox(0, 0).arrived == 0, "stopped: no signal");
   }
 }
 
 // A peer that looks the moment it is told finds every row.
 void test_arrived_is_last(uint64_t seed, RowPath path) {
-  const int64_t num_tokens = 64, row_bytes = 1040;
+  const int num_sms = 3;
+  const int64_t num_tokens = num_sms * 16, row_bytes = 32784;  // long enough to be looked at meanwhile
   deep_ep_simt_configure(seed, 4);
   Ranks ranks(1);
   Bytes x(num_tokens * row_bytes, 0, 7), out(num_tokens * row_bytes);
@@ -276,8 +268,12 @@ void test_arrived_is_last(uint64_t seed, RowPath path) {
   destination.output[cuda::kRecvX] = out.data();
   destination.row_limit = num_tokens;
   std::vector<int64_t> targets(num_tokens);
-  for (int64_t t = 0; t < num_tokens; ++t)
-    targets[t] = make_target(0, t);
+  // The first warps, which count their blocks, have nothing to do, and the last block neither.
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    const bool moved = t >= num_sms && t % num_sms != num_sms - 1;
+    targets[t] = moved ? make_target(0, t) : -1;
+    if (!moved) std::memcpy(x.data() + t * row_bytes, out.data(), row_bytes);
+  }
   bool whole = false;
   std::thread peer([&] {
     while (__atomic_load_n(&ranks.inbox(0, 0).arrived, __ATOMIC_ACQUIRE) != 1) {
@@ -294,7 +290,7 @@ void test_arrived_is_last(uint64_t seed, RowPath path) {
   p.x = x.data();
   p.x_stride_bytes = p.row_bytes = row_bytes;
   p.path = path;
-  cuda::launch_place(p, 3, nullptr);
+  cuda::launch_place(p, num_sms, nullptr);
   peer.join();
   expect(whole, "arrived before the last row, seed=" + std::to_string(seed));
 }
@@ -305,7 +301,7 @@ int main(int argc, char** argv) {
   test_stopped();
   test_wrong_targets(RowPath::plain);
   test_wrong_targets(RowPath::bulk);
-  for (uint64_t seed = 0; seed < 10; ++seed)
+  for (uint64_t seed = 0; seed < 6; ++seed)
     for (const RowPath path : {RowPath::plain, RowPath::bulk})
       test_arrived_is_last(seed, path);
   const int cases = argc > 1 ? std::atoi(argv[1]) : 60;

@@ -1,4 +1,5 @@
-// The emulation itself: what it gives to kernels that are right. test_simt_faults.cpp has those that are not.
+// The emulation itself: what it gives to kernels that are right. test_simt_faults.cpp and test_simt_results.cpp have
+// those that are not.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -69,9 +70,42 @@ void test_schedules_differ() {
     EXPECT(policy != 0 || order[0] == 0, "round robin began with %d", order[0]);
     EXPECT(policy != 3 || order[0] == 127, "reverse began with %d", order[0]);
     orders.insert(order);
+    count = 0;
+    DEEP_EP_LAUNCH(indices, 20, 1, 0, nullptr, (IndexParams{times.data(), order.data(), &count}));
+    EXPECT(policy != 0 || order[0] == 0, "round robin began with block %d", order[0]);
+    EXPECT(policy != 3 || order[0] == 19, "reverse began with block %d", order[0]);
   });
   // Round robin and reverse have one order each, random four; of the four warps one or more went ahead.
   EXPECT(orders.size() >= 7, "only %zu orders", orders.size());
+}
+
+// ---- several blocks at once
+
+struct ResidentParams {
+  int *live, *most;
+};
+
+__global__ void resident(const ResidentParams p) {
+  atomicMax(p.most, atomicAdd(p.live, 1) + 1);
+  for (int i = 0; i < 100; ++i)
+    __threadfence();
+  atomicAdd(p.live, -1);
+}
+
+void test_resident_blocks() {
+  std::set<int> seen;
+  const auto most = [] {
+    int live = 0, at_once = 0;
+    DEEP_EP_LAUNCH(resident, 20, 1, 0, nullptr, (ResidentParams{&live, &at_once}));
+    return at_once;
+  };
+  for_schedules(12, [&](int, int) { seen.insert(most()); });
+  EXPECT(seen == (std::set<int>{1, 2, 3, 4}), "%zu numbers of blocks", seen.size());
+  deep_ep::simt::Options options;
+  options.resident_blocks = 7;
+  deep_ep::simt::configure_thread(options);
+  EXPECT(most() == 7, "as many as were asked for");
+  std::thread([&] { EXPECT(most() <= 4, "settings of one thread are another's"); }).join();
 }
 
 // ---- shared memory
@@ -85,7 +119,6 @@ __device__ int* piece() {
 
 struct SharedParams {
   int num_bytes;
-  std::vector<const void*>* seen;
 };
 
 __global__ void shared(const SharedParams p) {
@@ -107,9 +140,9 @@ __global__ void shared(const SharedParams p) {
 void test_shared() {
   DEEP_EP_ALLOW_SHARED(shared, 100 << 10);
   for_schedules(2, [](int, int) {
-    DEEP_EP_LAUNCH(shared, 7, 32, 0, nullptr, (SharedParams{0, nullptr}));
-    DEEP_EP_LAUNCH(shared, 7, 32, 999, nullptr, (SharedParams{999, nullptr}));
-    DEEP_EP_LAUNCH(shared, 1, 32, 100 << 10, nullptr, (SharedParams{100 << 10, nullptr}));
+    DEEP_EP_LAUNCH(shared, 7, 32, 0, nullptr, (SharedParams{0}));
+    DEEP_EP_LAUNCH(shared, 7, 32, 999, nullptr, (SharedParams{999}));
+    DEEP_EP_LAUNCH(shared, 1, 32, 100 << 10, nullptr, (SharedParams{100 << 10}));
   });
 }
 
@@ -350,6 +383,7 @@ int main() {
   test_device();  // forks, so before there are threads
   test_indices();
   test_schedules_differ();
+  test_resident_blocks();
   test_shared();
   test_barriers();
   test_warps();

@@ -106,12 +106,12 @@ void expect_weights(const Routing& routing, int s, const std::vector<Bytes>& pub
 void test_combine_case(uint64_t seed) {
   Random rng(seed);
   const int num_ranks = 1 + static_cast<int>(below(rng, 8));
-  Routing routing(any_layout(rng), num_ranks, rng);
+  Routing routing(below(rng, 2) == 0 ? Layout::expand : any_layout(rng), num_ranks, rng);
   const auto dtype = static_cast<Dtype>(below(rng, 4));
   const int64_t bytes = element_bytes(dtype);
   const int64_t hidden = (below(rng, 3) == 0 ? 1 : 8) * (1 + below(rng, below(rng, 4) == 0 ? 900 : 60));
   const int shift = below(rng, 3) == 0 ? static_cast<int>(below(rng, 16) / bytes * bytes) : 0;
-  const bool per_rank = routing.layout == Layout::expand && below(rng, 2) == 0, has_weights = below(rng, 2) == 0;
+  const bool per_rank = routing.layout == Layout::expand && below(rng, 4) != 0, has_weights = below(rng, 2) == 0;
   const int weight_bytes = below(rng, 2) == 0 ? 4 : 8, num_bias = static_cast<int>(below(rng, 3));
   const int num_weights = !has_weights ? 0 : routing.layout == Layout::expand ? 1 : routing.num_topk;
   const int num_sms = static_cast<int>(below(rng, 5));
@@ -206,16 +206,37 @@ void test_wrong_targets() {
   }
 }
 
+void test_stopped() {
+  for (const bool poisoned : {false, true}) {
+    Ranks ranks(1);
+    (poisoned ? ranks.state(0).poisoned = 1 : ranks.state(0).failed = 1);
+    Bytes y(64, 0, 7), out(64), expected(64);
+    const cuda::DeviceRows rows{y.data(), nullptr, 1};
+    const int64_t target = make_target(0, 0);
+    cuda::CombineKernelParams p;
+    p.world = ranks.world(0);
+    p.num_tokens = p.num_slots = 1;
+    p.targets = &target;
+    p.rows = &rows;
+    p.hidden = 32;
+    p.out = out.data();
+    cuda::launch_combine(p, 3, nullptr);
+    expect(out == expected && ranks.inbox(0, 0).released == 0, "stopped: nothing is summed, no signal");
+  }
+}
+
 // An owner that writes to its rows the moment it is told changes no sum.
 void test_released_is_last(uint64_t seed) {
-  const int64_t num_tokens = 64, hidden = 520;
+  const int num_sms = 3;
+  const int64_t num_tokens = num_sms * 16, hidden = 8200;  // long enough to be written to meanwhile
   deep_ep_simt_configure(seed, 4);
   Ranks ranks(1);
   Bytes y(num_tokens * hidden * 4, 0, 0), out(num_tokens * hidden * 4), expected(num_tokens * hidden * 4, 0, 0);
   const cuda::DeviceRows rows{y.data(), nullptr, num_tokens};
   std::vector<int64_t> targets(num_tokens);
+  // The first warps, which count their blocks, have nothing to do, and the last block neither.
   for (int64_t t = 0; t < num_tokens; ++t)
-    targets[t] = make_target(0, t);
+    targets[t] = t >= num_sms && t % num_sms != num_sms - 1 ? make_target(0, t) : -1;
   std::thread owner([&] {
     while (__atomic_load_n(&ranks.inbox(0, 0).released, __ATOMIC_ACQUIRE) != 1) {
     }
@@ -230,7 +251,7 @@ void test_released_is_last(uint64_t seed) {
   p.dtype = Dtype::f32;
   p.hidden = hidden;
   p.out = out.data();
-  cuda::launch_combine(p, 3, nullptr);
+  cuda::launch_combine(p, num_sms, nullptr);
   owner.join();
   expect(out == expected, "released before the last row was read, seed=" + std::to_string(seed));
 }
@@ -312,8 +333,9 @@ void test_cast_case(uint64_t seed) {
 
 int main(int argc, char** argv) {
   test_e4m3();
+  test_stopped();
   test_wrong_targets();
-  for (uint64_t seed = 0; seed < 10; ++seed)
+  for (uint64_t seed = 0; seed < 6; ++seed)
     test_released_is_last(seed);
   const int cases = argc > 1 ? std::atoi(argv[1]) : 60;
   for (int i = 0; i < cases && failures == 0; ++i) {
