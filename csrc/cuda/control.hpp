@@ -112,11 +112,12 @@ struct DeviceRows {
 // This rank's own words on the device; kernels of one rank run one after the other, so nothing here is contended but
 // the last two.
 struct DeviceState {
-  uint64_t seq;           // of the operation under way
-  uint64_t failed;        // sequence number of the last operation that must not move anything (agreed failure)
-  uint32_t poisoned;      // this rank gave up: every later kernel returns at once
-  uint32_t blocks_done;   // of the kernel that signals when its last block is done; that block resets it
-  uint64_t wrong_target;  // one more than the largest target that named no row; the same block reports and resets it
+  uint64_t seq;             // of the operation under way
+  uint64_t failed;          // sequence number of the last operation that must not move anything (agreed failure)
+  uint64_t failed_counted;  // of the last such one that failed after counts were pulled: its end is still waited for
+  uint32_t poisoned;        // this rank gave up: every later kernel returns at once
+  uint32_t blocks_done;     // of the kernel that signals when its last block is done; that block resets it
+  uint64_t wrong_target;    // one more than the largest target that named no row; the same block reports and resets it
 };
 
 enum class Phase : uint32_t { none, layout, notify, offer, place, arrive, pull, release };

@@ -135,12 +135,12 @@ __device__ void finish_plan(const NotifyParams& p, const Records& records, const
   status->digest = plan[kPlanDigest];
 }
 
-// All threads. Every rank finds the same one: agreed. Peers may still be pulling this rank's counts, and no later
-// signal of this operation would tell when the last has: so all signal here, before anybody counts anew.
+// All threads. Every rank finds the same one: agreed. Peers may still be pulling this rank's counts: `arrived` says
+// that this rank has pulled theirs, and the operation's last kernel waits for everyone's, before anybody counts anew.
 __device__ void exceeded(const NotifyParams& p, const Records& records, const Counted& counted, uint64_t seq) {
   signal_all(p.world, &DeviceInbox::arrived, seq);
-  if (!wait_for_all(p.world, &DeviceInbox::arrived, seq, p.op, Phase::notify) || threadIdx.x != 0) return;
-  p.world.state->failed = seq;
+  if (threadIdx.x != 0) return;
+  p.world.state->failed = p.world.state->failed_counted = seq;
   if (!may_report(p.world)) return;
   Trouble trouble;
   trouble.kind = ErrorKind::argument;
@@ -188,7 +188,7 @@ __device__ bool meet(const NotifyParams& p, uint64_t seq, unsigned char* staged)
   return true;
 }
 
-__global__ void __launch_bounds__(kThreads) notify_kernel(NotifyParams p) {
+__global__ void __launch_bounds__(kThreads, 1) notify_kernel(NotifyParams p) {
   DEEP_EP_DYNAMIC_SHARED(staged);
   DEEP_EP_SHARED(uint64_t, sequence, 1);
   DEEP_EP_SHARED(uint32_t, sound, 1);

@@ -11,9 +11,12 @@ constexpr int kThreads = 128;
 // Returns when nobody writes to this rank's outputs any more (arrived), or reads its published rows (released).
 __global__ void __launch_bounds__(kThreads) wait_kernel(WaitParams p) {
   DEEP_EP_SHARED(uint32_t, stop, 1);
-  if (threadIdx.x == 0) stop[0] = stopped(p.world) ? 1 : 0;
-  __syncthreads();
   const uint64_t seq = p.world.state->seq;
+  if (threadIdx.x == 0) {
+    const bool counted = p.world.state->poisoned == 0 && p.world.state->failed_counted == seq;
+    stop[0] = stopped(p.world) && !counted ? 1 : 0;
+  }
+  __syncthreads();
   if (stop[0] == 0) {
     if (p.signal == Signal::arrived)
       wait_for_all(p.world, &DeviceInbox::arrived, seq, p.op, Phase::arrive);

@@ -274,6 +274,7 @@ void processes() {
       write_line(up[1], member.at(0, theirs));
       for (int i = 0; i < 3; ++i)
         member.allocate(uint64_t{70} << 20);
+      read_line(down[0]);  // until it is killed: one that ends has said goodbye
     });
     Member member(0, 2, kEpoch, stopped ? 1.0 : 10.0);
     write_line(down[1], member.attendant->endpoint());
