@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ._pairs import PairChannel
-from .backends import _cuda_library, hybrid
+from .backends import _cuda_library
 from .backends._domains import Domains, group_by_domain
+from .backends._staged import StagedHybridBackend
 from .backends.base import Backend
 from .backends.collective import CollectiveBackend
 from .backends.cuda_peer import CudaPeerBackend
@@ -140,8 +141,8 @@ def _open_collective(c: Construction) -> Backend:
 
 def _open_hybrid(c: Construction) -> Backend:
     members = domains_of(c.hosts)
-    if why := hybrid.unavailable_because(c.device):
-        raise _refuse("hybrid", why)
+    if c.device.type != "cpu" and c.settings.backend == "auto" and c.communicator.carries_cuda:
+        raise _refuse("hybrid", f"two hops pass host memory, and NCCL carries rows on {c.device} straight")
     if not c.allow_hybrid_mode:
         raise _refuse("hybrid", "allow_hybrid_mode is off")
     if len({len(ranks) for ranks in members}) > 1:
@@ -188,7 +189,8 @@ def _open_hybrid(c: Construction) -> Backend:
     agree("connections across domains", why)
     assert domain is not None
     assert rail is not None
-    return HybridBackend(domains, rail, domain, c.settings)
+    kind = HybridBackend if c.device.type == "cpu" else StagedHybridBackend
+    return kind(domains, rail, domain, c.settings, c.device)
 
 
 def _patient(settings: Settings) -> Settings:

@@ -87,7 +87,10 @@ def same(got, want, what, valid=slice(None)):
     assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8)), what
 
 
-def open_hybrid(communicator, domains, settings=SETTINGS):
+CPU = torch.device("cpu")
+
+
+def open_hybrid(communicator, domains, settings=SETTINGS, device=CPU):
     """One rank's end of two hops over ``domains``, tuples of ranks. Collective."""
     where = {r: f"host {d}" for d, ranks in enumerate(domains) for r in ranks}
     nonces = communicator.exchange(secrets.token_bytes(7), timeout=20, what="epoch")
@@ -96,7 +99,7 @@ def open_hybrid(communicator, domains, settings=SETTINGS):
             communicator=communicator,
             settings=replace(settings, backend="hybrid"),
             hosts=[{"domain": where[r], "boot_id": "one machine"} for r in range(communicator.size)],
-            device=torch.device("cpu"),
+            device=device,
             epoch=sum(int.from_bytes(n, "little") for n in nonces),
             heap_bytes=1 << 20,
             num_cores=1,

@@ -1,6 +1,6 @@
-"""The GPU kernels and their engine on the emulation of tests/simt, with AddressSanitizer and UBSan:
-the kernels' own tests, then the conformance cases under several schedules. See tests/simt/simt.hpp for what this finds
-and what it cannot."""
+"""The GPU kernels and their engine on the emulation of tests/simt, with AddressSanitizer and UBSan: the kernels' own
+tests, then the conformance cases under several schedules, then with planted faults. See tests/simt/simt.hpp for what
+this finds and what it cannot."""
 
 from __future__ import annotations
 
@@ -21,53 +21,109 @@ pytestmark = [
 ]
 #: Scheduler's policy, seed, probability that a launch is late; each runs a third of the cases and modes.
 SCHEDULES = [(4, 0, 0.0), (1, 1, 0.1), (2, 2, 0.0)]
+#: File, what stands there, what is put in its place, the cases that are run, a word of the failure.
+PLANTS = {
+    "missing block barrier": (
+        "counted.cuh",
+        "  pull_counts(p, records, expand);\n  __syncthreads();\n",
+        "  pull_counts(p, records, expand);\n",
+        "R4-T31",
+        "differ",
+    ),
+    "wrong index": ("place.cu", "(to.first_token + index) * width", "index * width", "R2-T14+15-H33", "recv_src_meta"),
+    "lost signal": (
+        "notify.cu",
+        "  signal_all(world, &DeviceInbox::record, seq);\n",
+        "  if (world.rank != 1) signal_all(world, &DeviceInbox::record, seq);\n",
+        "R2-T14+15-H33-K8-E16-distinct-float16-v1",
+        "EPTimeoutError",
+    ),
+}
 
 
 def run(command, seconds, **environment):
-    """Its output; whatever a sanitizer says makes it fail."""
+    """The process when it has ended; whatever a sanitizer says makes it fail."""
     options = {
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         **environment,
     }
-    ended = subprocess.run(
+    return subprocess.run(
         [str(c) for c in command], capture_output=True, text=True, timeout=seconds, check=False,
         env={**os.environ, **options},
     )  # fmt: skip
-    assert ended.returncode == 0, f"{command}: {ended.returncode}\n{ended.stdout[-3000:]}\n{ended.stderr[-6000:]}"
+
+
+def succeed(*args, **kwargs):
+    ended = run(*args, **kwargs)
+    assert ended.returncode == 0, f"{args}: {ended.returncode}\n{ended.stdout[-3000:]}\n{ended.stderr[-6000:]}"
     return ended.stdout
+
+
+class Build:
+    """A copy of the sources, so that faults can be planted, and what is built of it."""
+
+    def __init__(self, folder):
+        self.source, self.folder = folder / "source", folder / "build"
+        shutil.copytree(ROOT / "csrc", self.source / "csrc")
+        shutil.copytree(ROOT / "cmake", self.source / "cmake")
+        shutil.copytree(ROOT / "tests" / "simt", self.source / "tests" / "simt")
+        shutil.copy(ROOT / "CMakeLists.txt", self.source)
+        options = ("-DDEEP_EP_SIMT=ON", "-DDEEP_EP_PYTHON=OFF", "-DDEEP_EP_CUDA=OFF", "-DDEEP_EP_SANITIZE=address")
+        flags = "-DCMAKE_CXX_FLAGS=-fsanitize=undefined -fno-sanitize-recover=undefined"
+        succeed(["cmake", "-S", self.source, "-B", self.folder, "-G", "Ninja", *options, flags], 120)
+        self.make("deep_ep_simt", "deep_ep_simt_tests")
+
+    def make(self, *targets):
+        succeed(["cmake", "--build", self.folder, "--target", *targets], 500)
+
+    def conformance(self, *options, **environment):
+        sanitizer = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+        return run(
+            [sys.executable, "-m", "simt.conformance", *options],
+            500,
+            DEEP_EP_SIMT_LIBRARY=str(self.folder / "libdeep_ep_simt.so"),
+            LD_PRELOAD=sanitizer.stdout.strip(),
+            PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            **environment,
+        )
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulated")
-    run(
-        [
-            *("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DDEEP_EP_SIMT=ON", "-DDEEP_EP_PYTHON=OFF"),
-            *("-DDEEP_EP_CUDA=OFF", "-DDEEP_EP_SANITIZE=address"),
-            "-DCMAKE_CXX_FLAGS=-fsanitize=undefined -fno-sanitize-recover=undefined",
-        ],
-        120,
-    )
-    run(["cmake", "--build", folder, "--target", "deep_ep_simt", "deep_ep_simt_tests"], 500)
-    return folder
+    return Build(tmp_path_factory.mktemp("emulated"))
 
 
 def test_kernels(build):
-    run(["ctest", "--test-dir", build, "--output-on-failure", "-R", "^simt_"], 400)
+    succeed(["ctest", "--test-dir", build.folder, "--output-on-failure", "-R", "^simt_", "-j", "2"], 400)
 
 
 @pytest.mark.parametrize(("policy", "seed", "delays"), SCHEDULES)
 def test_conformance(build, policy, seed, delays):
-    sanitizer = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    said = run(
-        [
-            *(sys.executable, "-m", "simt.conformance", "--policy", policy, "--seed", seed),
-            *("--delays", delays, "--every", len(SCHEDULES)),
-        ],
-        500,
-        DEEP_EP_SIMT_LIBRARY=str(build / "libdeep_ep_simt.so"),
-        LD_PRELOAD=sanitizer.stdout.strip(),
-        PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    )
-    assert "passed: " in said
+    ended = build.conformance(
+        "--policy", policy, "--seed", seed, "--delays", delays, "--every", len(SCHEDULES)
+    )  # fmt: skip
+    assert ended.returncode == 0 and "passed: " in ended.stdout, f"{ended.stdout[-1500:]}\n{ended.stderr[-6000:]}"
+
+
+@pytest.mark.processes
+def test_conformance_of_processes(build):
+    ended = build.conformance("--processes", "--every", 24, "--seed", 5)
+    assert ended.returncode == 0 and "passed: " in ended.stdout, f"{ended.stdout[-1500:]}\n{ended.stderr[-6000:]}"
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_planted_faults_are_caught(build, plant):
+    """Last: it writes to the sources, and puts back what stood there."""
+    name, before, after, match, word = PLANTS[plant]
+    file = build.source / "csrc" / "cuda" / name
+    sound = file.read_text()
+    assert sound.count(before) == 1, f"{name} has changed: plant another fault"
+    file.write_text(sound.replace(before, after))
+    try:
+        build.make("deep_ep_simt")
+        ended = build.conformance("--match", match, "--policy", 1, DEEP_EP_PY_TIMEOUT_SECONDS="4")
+    finally:
+        file.write_text(sound)
+    assert ended.returncode != 0, f"not caught\n{ended.stdout[-1500:]}"
+    assert word in ended.stderr, ended.stderr[-3000:]

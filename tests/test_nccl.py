@@ -7,17 +7,26 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from collective_cases import ROUTINGS, SETTINGS, Routing, cached, combine, dispatch, same, v1_spec, v2_spec
+from collective_cases import (
+    ROUTINGS,
+    SETTINGS,
+    Routing,
+    cached,
+    combine,
+    dispatch,
+    open_hybrid,
+    same,
+    v1_spec,
+    v2_spec,
+)  # fmt: skip
 from device_stand_in import GPU, OnStandIns, StandIn, back, to_gpu
 
 from deep_ep_py._rows import StagedRows
 from deep_ep_py.backends import _ordered, _streams
 from deep_ep_py.backends._recipe import combine_rows, positions
 from deep_ep_py.backends.collective import CollectiveBackend
-from deep_ep_py.backends.hybrid import HybridBackend
-from deep_ep_py.errors import EPArgumentError, EPBackendUnavailableError
+from deep_ep_py.errors import EPArgumentError
 from deep_ep_py.plans import SHARED_ROW, Plan
-from deep_ep_py.settings import Settings
 from deep_ep_py.testing import run_threads
 from deep_ep_py.types import CombineSpec
 
@@ -302,7 +311,42 @@ def test_capture_is_refused(log):
 # Two hops -------------------------------------------------------------------------------------------------------------
 
 
-def test_hybrid_refuses_device_tensors():
-    with pytest.raises(EPBackendUnavailableError, match="CPU code in shared memory, and these lie on cuda:0") as caught:
-        HybridBackend(None, None, None, Settings(), device=GPU)
-    assert caught.value.reasons.keys() == {"hybrid"}
+@pytest.mark.usefixtures("no_streams")
+@pytest.mark.parametrize("layout", ["rank", "topk", "expand"])
+@pytest.mark.parametrize("domains", [((0, 1), (2, 3)), ((0,), (1,), (2,), (3,)), ((0, 3), (1, 2))], ids=str)
+def test_two_hops_by_way_of_the_host(domains, layout):
+    """The same bits as two hops of tensors on the CPU, in results that lie on the device."""
+    expand, routing = layout == "expand", Routing(4, tokens=(30, 0, 40, 20))
+
+    def body(communicator):
+        rank = communicator.rank
+        cpu = open_hybrid(communicator.session(), domains)
+        gpu = open_hybrid(communicator.session(), domains, device=GPU)
+        try:
+            with OnStandIns():
+                if layout == "rank":
+                    spec = v1_spec(routing, rank)
+                else:
+                    spec = v2_spec(routing, rank, expand=expand, describe_rows=expand, col_major_sf=expand)
+                want, got = dispatch(cpu, spec), dispatch(gpu, moved(spec))
+                check_same(got, want, slice(want.plan.num_rows))
+                assert got.plan[1:] == want.plan[1:]
+                assert got.recv_x.device == got.plan.packed.device == GPU
+                assert got.num_recv_tokens_per_expert == want.plan.expert_counts.tolist()
+
+                again = cached(routing, rank, want.plan, spec.topk_weights)
+                check_same(dispatch(gpu, moved(again)), dispatch(cpu, again), slice(want.plan.num_rows))
+
+                (y,) = routing.rows([want.plan.num_output_rows], seed=rank)
+                weights = torch.rand(want.recv_topk_weights.shape, generator=torch.Generator().manual_seed(3))
+                bias = tuple(routing.rows([want.plan.num_tokens] * 2, seed=5 + rank))
+                home = CombineSpec(y, want.plan, weights, bias, reduce_per_rank=expand)
+                out, here = combine(cpu, home), combine(gpu, moved(home))
+                same(back(here.combined_x), out.combined_x, "combined")
+                same(back(here.combined_topk_weights), out.combined_topk_weights, "combined weights")
+                assert here.combined_x.device == gpu.empty((1,), torch.float32).device == GPU
+        finally:
+            cpu.close()
+            gpu.close()
+
+    run_threads(4, body)

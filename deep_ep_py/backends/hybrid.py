@@ -15,7 +15,7 @@ import torch
 
 from .._pairs import PairChannel, gather
 from .._rows import CPU
-from ..errors import EPArgumentError, EPBackendUnavailableError, EPError
+from ..errors import EPArgumentError, EPError
 from ..event import CompletionEvent
 from ..plans import Plan
 from ..settings import Settings
@@ -31,22 +31,12 @@ from ._record import Record
 from .base import Domain, Statistics
 
 
-def unavailable_because(device: torch.device) -> str:
-    """Why tensors of this device cannot take two hops; empty if they can."""
-    if device.type == "cpu":
-        return ""
-    return f"inside a domain it places and sums rows by CPU code in shared memory, and these lie on {device}"
-
-
 class HybridBackend(OrderedBackend):
     """One rank's end. Construction is local: the channel is open, and the domain too.
 
     Args:
         rail: between this rank's rail, by domain; domain: of this rank's domain, by index.
-        device: where tensors of calls and results lie.
-
-    Raises:
-        EPBackendUnavailableError: :func:`unavailable_because` of the device.
+        device: where tensors of calls and results lie; the hops themselves are the host's (:mod:`._staged`).
     """
 
     name = "hybrid"
@@ -54,9 +44,7 @@ class HybridBackend(OrderedBackend):
     def __init__(
         self, domains: Domains, rail: PairChannel, domain: Domain, settings: Settings, device: torch.device = CPU
     ) -> None:
-        if why := unavailable_because(device):
-            raise EPBackendUnavailableError(f"hybrid: {why}", reasons={"hybrid": why})
-        super().__init__(domains.rank, domains.num_ranks)
+        super().__init__(domains.rank, domains.num_ranks, device)
         self.domains = domains
         self._rail = rail
         self._domain = domain

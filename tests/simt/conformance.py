@@ -11,9 +11,12 @@ import argparse
 import torch
 from simt import emulated
 
+from deep_ep_py import ElasticBuffer
+from deep_ep_py.nn import MoELayer
 from deep_ep_py.testing import Case, run_processes, run_threads
 from deep_ep_py.testing import conformance_v1 as v1
 from deep_ep_py.testing import conformance_v2 as v2
+from deep_ep_py.testing.compare import assert_same_bits
 from deep_ep_py.testing.conformance_v2 import MODES
 
 #: Small: a thread of the device is a fiber. Together they reach every layout, dtype, alignment and path of the kernels.
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("--policy", type=int, default=4, help="of the scheduler: tests/simt/schedule.hpp")
     parser.add_argument("--delays", type=float, default=0.0, help="probability that a launch is late")
     parser.add_argument("--every", type=int, default=1, help="run each so manieth case and mode, beginning with seed")
+    parser.add_argument("--match", default="", help="run only what has this in its id")
     parser.add_argument("--processes", action="store_true", help="ranks are processes")
     args = parser.parse_args()
     emulated.install()
@@ -50,12 +54,19 @@ def main() -> None:
     emulated.functions().deep_ep_simt_delays(args.delays)
     torch.set_num_threads(1)
     runs = [(case, mode) for case in CASES for mode in (None, *MODES) if mode is None or v2.fits(case, mode)]
-    runs = runs[args.seed % args.every :: args.every]
+    runs = [run for run in runs[args.seed % args.every :: args.every] if args.match in name(*run)]
     for case, mode in runs:
-        print(case.id, "v1" if mode is None else mode.id, flush=True)
+        print(name(case, mode), flush=True)
         world = run_processes if args.processes else run_threads
         world(case.num_ranks, check, case, mode)
+    if not args.match:
+        print("a layer and its gradients", flush=True)
+        run_threads(2, check_layer)
     print(f"passed: {len(runs)}")
+
+
+def name(case, mode):
+    return f"{case.id}-{'v1' if mode is None else mode.id}"
 
 
 def check(group, case, mode):
@@ -64,6 +75,23 @@ def check(group, case, mode):
         v1.check_round_trip(group, case, "cuda_peer")
     else:
         v2.check_round_trip(group, case, mode, "cuda_peer", num_biases=(2, 0))
+
+
+def check_layer(group):
+    """An MoE layer forth and back: the same bits as over `collective`."""
+    found = []
+    for backend in ("cuda_peer", "collective"):
+        buffer = ElasticBuffer(group, num_max_tokens_per_rank=24, backend=backend)
+        torch.manual_seed(1)
+        layer = MoELayer(16, 8, 6, 3, buffer)
+        seeded = torch.Generator().manual_seed(group.rank)
+        x = torch.randn(20 + group.rank, 16, generator=seeded).requires_grad_()
+        y, aux_loss, _ = layer(x)
+        (y.square().sum() + aux_loss).backward()
+        found.append([y, x.grad, *(p.grad for p in layer.parameters())])
+        buffer.destroy()
+    for i, (actual, expected) in enumerate(zip(*found, strict=True)):
+        assert_same_bits(actual, expected, f"result {i}")
 
 
 if __name__ == "__main__":
