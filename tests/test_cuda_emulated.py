@@ -77,10 +77,10 @@ class Build:
     def make(self, *targets):
         succeed(["cmake", "--build", self.folder, "--target", *targets], 500)
 
-    def conformance(self, *options, **environment):
+    def python(self, module, *options, **environment):
         sanitizer = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
         return run(
-            [sys.executable, "-m", "simt.conformance", *options],
+            [sys.executable, "-m", f"simt.{module}", *options],
             500,
             DEEP_EP_SIMT_LIBRARY=str(self.folder / "libdeep_ep_simt.so"),
             LD_PRELOAD=sanitizer.stdout.strip(),
@@ -100,16 +100,22 @@ def test_kernels(build):
 
 @pytest.mark.parametrize(("policy", "seed", "delays"), SCHEDULES)
 def test_conformance(build, policy, seed, delays):
-    ended = build.conformance(
-        "--policy", policy, "--seed", seed, "--delays", delays, "--every", len(SCHEDULES)
+    ended = build.python(
+        "conformance", "--policy", policy, "--seed", seed, "--delays", delays, "--every", len(SCHEDULES)
     )  # fmt: skip
     assert ended.returncode == 0 and "passed: " in ended.stdout, f"{ended.stdout[-1500:]}\n{ended.stderr[-6000:]}"
 
 
 @pytest.mark.processes
 def test_conformance_of_processes(build):
-    ended = build.conformance("--processes", "--every", 24, "--seed", 5)
+    ended = build.python("conformance", "--processes", "--every", 24, "--seed", 5)
     assert ended.returncode == 0 and "passed: " in ended.stdout, f"{ended.stdout[-1500:]}\n{ended.stderr[-6000:]}"
+
+
+def test_faults(build):
+    """Refusals, disagreements and absent ranks: the words of shared memory, and what is usable afterwards."""
+    ended = build.python("faults")
+    assert ended.returncode == 0 and "passed" in ended.stdout, f"{ended.stdout[-1500:]}\n{ended.stderr[-6000:]}"
 
 
 @pytest.mark.parametrize("plant", PLANTS)
@@ -122,7 +128,7 @@ def test_planted_faults_are_caught(build, plant):
     file.write_text(sound.replace(before, after))
     try:
         build.make("deep_ep_simt")
-        ended = build.conformance("--match", match, "--policy", 1, DEEP_EP_PY_TIMEOUT_SECONDS="4")
+        ended = build.python("conformance", "--match", match, "--policy", 1, DEEP_EP_PY_TIMEOUT_SECONDS="4")
     finally:
         file.write_text(sound)
     assert ended.returncode != 0, f"not caught\n{ended.stdout[-1500:]}"

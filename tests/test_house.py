@@ -51,7 +51,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ORACLE = {"reference", "_reference_rows"}
 MOVERS = {f"backends.{name}" for name in ("shm", "shm_domain", "collective", "cuda_peer")}
 TWO_HOPS = {
-    f"backends.{name}" for name in ("hybrid", "_staged", "_hops", "_hop_dispatch", "_hop_combine", "_pipeline", "_domains")
+    f"backends.{name}"
+    for name in ("hybrid", "_staged", "_hops", "_hop_dispatch", "_hop_combine", "_pipeline", "_domains")
 }
 FACES = {"buffer", "elastic", "autograd"}
 MAY_PRINT = {"doctor", "scale_report", "__main__", "testing"}

@@ -7,15 +7,18 @@ with AddressSanitizer, which wants to be there before the interpreter: see tests
 from __future__ import annotations
 
 import argparse
+from itertools import product
 
 import torch
 from simt import emulated
 
-from deep_ep_py import ElasticBuffer
+from deep_ep_py import ElasticBuffer, cast_rows
+from deep_ep_py.backends._dtypes import ROW_TYPES
 from deep_ep_py.nn import MoELayer
 from deep_ep_py.testing import Case, run_processes, run_threads
 from deep_ep_py.testing import conformance_v1 as v1
 from deep_ep_py.testing import conformance_v2 as v2
+from deep_ep_py.testing.cases import order_sensitive
 from deep_ep_py.testing.compare import assert_same_bits
 from deep_ep_py.testing.conformance_v2 import MODES
 
@@ -60,8 +63,9 @@ def main() -> None:
         world = run_processes if args.processes else run_threads
         world(case.num_ranks, check, case, mode)
     if not args.match:
-        print("a layer and its gradients", flush=True)
+        print("a layer and its gradients; fp8", flush=True)
         run_threads(2, check_layer)
+        check_cast()
     print(f"passed: {len(runs)}")
 
 
@@ -92,6 +96,25 @@ def check_layer(group):
         buffer.destroy()
     for i, (actual, expected) in enumerate(zip(*found, strict=True)):
         assert_same_bits(actual, expected, f"result {i}")
+
+
+def check_cast():
+    """fp8 rows and scales: the bits of the CPU's."""
+    core = emulated.library.opened(emulated.path())
+    for dtype, hidden, channels, round_scale in product(ROW_TYPES, (1, 130, 512), (None, 128, 32), (False, True)):
+        if dtype == torch.float64:
+            continue
+        x = order_sensitive((9, 2 * hidden), dtype, torch.Generator().manual_seed(hidden))[:, :hidden]
+        x[:2] *= 1e-6  # below the smallest maximum
+        rows, scales = cast_rows(x, channels=channels, round_scale=round_scale)
+        got, got_scales = torch.empty_like(rows), torch.empty_like(scales)
+        core.cast(
+            stream=0, device=0, x=x.data_ptr(), x_stride_bytes=x.stride(0) * x.element_size(), num_rows=9,
+            hidden=hidden, channels=channels or hidden, dtype=ROW_TYPES[dtype], round_scale=round_scale,
+            out=got.data_ptr(), scales=got_scales.data_ptr(),
+        )  # fmt: skip
+        assert_same_bits(got_scales, scales, f"scales of {dtype}")
+        assert_same_bits(got, rows, f"rows of {dtype}")
 
 
 if __name__ == "__main__":
