@@ -1,4 +1,4 @@
-"""Rows to fp8: scales, rounding, saturation, what is refused. The GPU's kernel is held to this code on the emulation."""
+"""Rows to fp8: scales, rounding, saturation, what is refused. The GPU kernel is held to this code on the emulation."""
 
 import pytest
 import torch
