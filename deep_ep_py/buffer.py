@@ -247,8 +247,8 @@ class Buffer:
             num_worst_tokens: rows of all outputs, fixed in advance; tail rows have ``recv_topk_idx`` -1.
             config: ``num_sms`` bounds the copy threads, on a GPU the multiprocessors.
             previous_event: waited for before anything is published. async_finish: return before rows have arrived; wait
-                for the event. allocate_on_comm_stream: on a GPU, results are allocated on the communication stream,
-                which waits for ``previous_event`` alone.
+                for the event. allocate_on_comm_stream: on a GPU, received tensors are memory of the communication
+                stream; that stream waits for the caller's in any case.
 
         On a GPU the host waits for the counts, unless there is a handle or ``num_worst_tokens``: such calls can be
         captured in a CUDA graph.
@@ -262,8 +262,9 @@ class Buffer:
             EPArgumentError, EPMismatchError: on every rank, nothing has moved, the buffer stays usable.
             EPTimeoutError, EPPeerError: the buffer is poisoned.
         """
-        engine, num_sms = self._engine, self._num_sms(config)
+        engine = self._engine
         with engine.refusing("dispatch"):
+            num_sms = self._num_sms(config)
             if handle is not None:
                 spec = self._requests.cached_dispatch(x, topk_idx, topk_weights, handle, num_sms)
             else:

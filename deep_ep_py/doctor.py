@@ -189,7 +189,7 @@ def _gpus(report: Report) -> str:
 # --- trials -------------------------------------------------------------------------------------------------------
 
 
-def _round_trips(report: Report, settings: Settings | None, num_ranks: int, seconds: float, gpus: bool) -> None:
+def _round_trips(report: Report, settings: Settings | None, num_ranks: int, seconds: float, gpus: bool = False) -> None:
     default = (settings or Settings()).backend
     names = list(dict.fromkeys((default, *BACKENDS, *(["cuda_peer"] if gpus else []))))
     section = (
@@ -288,7 +288,7 @@ REMEDIES = {
 
 def _remedy(name: str, error: str, default: str = "auto") -> str:
     if name == default and name not in ("auto", *BACKENDS):
-        return "set DEEP_EP_PY_BACKEND to auto, shm, hybrid or collective, or unset it"
+        return "set DEEP_EP_PY_BACKEND to auto, shm, cuda_peer, hybrid or collective, or unset it"
     return next((remedy for word, remedy in REMEDIES.items() if word in error), "")
 
 

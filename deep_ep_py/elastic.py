@@ -268,8 +268,8 @@ class ElasticBuffer:
             use_tma_aligned_col_major_sf: scale factors come back column-major, leading dimension padded to 16 bytes.
             previous_event, previous_event_before_epilogue: waited for before anything is published.
             async_with_compute_stream: return before rows have arrived; wait for the event.
-            allocate_on_comm_stream: on a GPU, results are allocated on the communication stream, which waits for the
-                previous events alone.
+            allocate_on_comm_stream: on a GPU, received tensors are memory of the communication stream; that stream
+                waits for the caller's in any case.
             num_qps: accepted.
 
         Returns:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .backends._routing import on_host
 from .backends.base import Backend, Statistics
 from .choice import BACKENDS, Construction, device_of, domains_of, open_backend, sizes
 from .communicator import Communicator, communicator_of
@@ -112,7 +113,7 @@ class Engine:
         previous: Sequence[CompletionEvent],
         on_comm_stream: bool = False,
     ) -> tuple[Dispatched, EventOverlap]:
-        """``on_comm_stream``: outputs are allocated there, and nothing but ``previous`` is waited for."""
+        """``on_comm_stream``: results are memory of that stream, where there is one."""
         backend = self.backend
         spec.on_comm_stream = on_comm_stream
         with self._lock:
@@ -159,11 +160,11 @@ class Engine:
 
     def last_traffic(self) -> Traffic | None:
         """What this rank moved in the last dispatch or combine that was begun; None before the first. Computed when
-        asked for: plan and sizes determine every byte."""
+        asked for: plan and sizes determine every byte. A plan on a GPU is copied to the host for that."""
         if self._last is None:
             return None
         count, sizes, plan = self._last
-        return count(self.backend.name, sizes, plan, self.info.domains)
+        return count(self.backend.name, sizes, on_host(plan), self.info.domains)
 
     def statistics(self) -> Statistics:
         return self.backend.statistics()

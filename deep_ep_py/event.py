@@ -38,7 +38,7 @@ class StreamEvent:
 
     def wait(self) -> None:
         """What is queued on the current stream from now on runs behind it; the host goes on."""
-        torch.cuda.current_stream().wait_event(self._event)
+        torch.cuda.current_stream(self._event.device).wait_event(self._event)
 
     def wait_on_host(self) -> None:
         """Return when the stream has come there."""

@@ -50,6 +50,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise EPArgumentError.of("Settings.device", "'auto', 'cpu' or 'cuda'", repr(self.device))
+        if (self.backend, self.device) == ("cuda_peer", "cpu"):
+            raise EPArgumentError.of("Settings.device", "'auto' or 'cuda' with backend 'cuda_peer'", "'cpu'")
         for name in ("timeout_seconds", "connect_timeout_seconds"):
             if not getattr(self, name) > 0:
                 raise EPArgumentError.of(f"Settings.{name}", "a positive number of seconds", getattr(self, name))

@@ -69,8 +69,7 @@ class DispatchSpec:
         num_worst_tokens: rows of the outputs, where they are fixed in advance; None: exact.
         num_max_tokens_per_rank: M, the stride of global token indices in the metadata; 0: the largest token count.
         max_threads: upper bound of copy threads, on a GPU of multiprocessors; 0: the default.
-        on_comm_stream: on a GPU, outputs are allocated on the communication stream, which then waits for nothing but
-            the events that the call was given.
+        on_comm_stream: on a GPU, received tensors are memory of the communication stream.
     """
 
     x: torch.Tensor

@@ -35,7 +35,7 @@ class FakeCuda:
         return SimpleNamespace(name=name, device="cuda:0", wait_event=wait)
 
     def event(self):
-        made = SimpleNamespace(at="nothing", query=lambda: self.reached)
+        made = SimpleNamespace(at="nothing", device="cuda:0", query=lambda: self.reached)
         made.record = lambda stream: setattr(made, "at", stream.name)
         made.synchronize = lambda: self.log.append(f"host waits for {made.at}")
         return made

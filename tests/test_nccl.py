@@ -258,17 +258,16 @@ ENTERED = ["enter comm", "comm waits for event of caller", "leave comm"]
 ENDED = [*ENTERED, "host waits for comm"]
 
 
-def on_streams(log, on_comm_stream=False):
+def on_streams(log):
     """The streams' log of a dispatch and of a combine on one rank."""
     routing, logs = Routing(1), []
 
     def body(_, __, gpu):
         assert repr(gpu.comm_stream) == "comm"
-        more = {"on_comm_stream": on_comm_stream}
-        out = dispatch(gpu, moved(v2_spec(routing, 0, expand=False, **more)))
+        out = dispatch(gpu, moved(v2_spec(routing, 0, expand=False)))
         logs.append(log[:])
         log.clear()
-        combine(gpu, CombineSpec(out.recv_x, out.plan, **more))
+        combine(gpu, CombineSpec(out.recv_x, out.plan))
         logs.append(log[:])
 
     both(1, body)
@@ -280,13 +279,6 @@ def test_streams(log):
     dispatched, combined = on_streams(log)
     assert dispatched == ["record on caller", *ENTERED, *["lent to caller"] * 6, *ENDED]
     assert combined == ["record on caller", *ENTERED, "lent to caller", *ENDED]
-
-
-def test_streams_only_previous(log):
-    """``on_comm_stream``: what the caller enqueued is not waited for."""
-    for events in on_streams(log, on_comm_stream=True):
-        assert not [e for e in events if "caller" in e and "lent" not in e]
-        assert events[-1] == "host waits for comm"
 
 
 def test_capture_is_refused(log):

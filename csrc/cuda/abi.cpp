@@ -145,8 +145,9 @@ uint64_t dispatch_workspace_bytes(deep_ep_cuda_engine* e, const deep_ep_cuda_dis
 int dispatch_begin(deep_ep_cuda_engine* e, const deep_ep_cuda_dispatch_params* params,
                    const deep_ep_cuda_outputs* outputs, deep_ep_cuda_counts* counts, int32_t* expert_counts,
                    deep_ep_cuda_interrupted interrupted, deep_ep_cuda_error* error) {
-  return guarded(
-      error, [&] { e->engine.dispatch_begin(*params, outputs, counts, expert_counts, interrupted_by(interrupted)); });
+  return guarded(e, error, [&] {
+    e->engine.dispatch_begin(*params, outputs, counts, expert_counts, interrupted_by(interrupted));
+  });
 }
 
 int dispatch_move(deep_ep_cuda_engine* e, const deep_ep_cuda_dispatch_params* params,

@@ -145,6 +145,16 @@ bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+void allow_all_shared(const void* kernel, const char* name) {
+  int device = 0, bytes = 0;
+  must(cudaGetDevice(&device), "cudaGetDevice");
+  must(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  cudaFuncAttributes own;
+  must(cudaFuncGetAttributes(&own, kernel), name);
+  const int dynamic = bytes - static_cast<int>(own.sharedSizeBytes);
+  must(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic), name);
+}
+
 void check_launch(const char* kernel) {
   const cudaError_t result = cudaGetLastError();
   if (result != cudaSuccess)

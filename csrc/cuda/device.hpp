@@ -63,6 +63,8 @@ void copy_rows_async(int device, void* to, const void* from, int64_t rows, int64
 // capture in another.
 void copy_now(int device, void* to, const void* from, uint64_t bytes);
 bool is_capturing(Stream stream);
+// The kernel may be launched with as much dynamic shared memory as the current device has.
+void allow_all_shared(const void* kernel, const char* name);
 // Raise what a launch reported.
 void check_launch(const char* kernel);
 

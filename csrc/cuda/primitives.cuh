@@ -21,9 +21,13 @@
     kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params); \
     ::deep_ep::cuda::check_launch(#kernel);                                           \
   } while (0)
-// A kernel that asks for more than 48 KiB of dynamic shared memory says so once before it is launched.
-#define DEEP_EP_ALLOW_SHARED(kernel, shared_bytes) \
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))
+// A kernel that asks for more than 48 KiB of dynamic shared memory says so before it is launched. The permission is the
+// kernel's and not the launch's, and ranks that are threads share it: it is only ever set to all that there is.
+#define DEEP_EP_ALLOW_SHARED(kernel, shared_bytes)                                        \
+  do {                                                                                    \
+    if ((shared_bytes) > (48u << 10))                                                     \
+      ::deep_ep::cuda::allow_all_shared(reinterpret_cast<const void*>(&kernel), #kernel); \
+  } while (0)
 
 namespace deep_ep {
 namespace cuda {

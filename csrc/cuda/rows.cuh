@@ -70,6 +70,7 @@ __device__ __forceinline__ void store_row<uint4>(char* p, uint4 v) {
 template <class Word, int Count>
 __device__ __forceinline__ void copy_words(const char* from, char* to, int64_t bytes) {
   const unsigned receivers = __ballot_sync(kAllLanes, to != nullptr);
+  if (receivers == 0) return;
   constexpr int64_t kStride = kWarp * sizeof(Word);
   const int64_t mine = lane_id() * static_cast<int64_t>(sizeof(Word));
   for (int64_t at = mine; at - mine < bytes; at += Count * kStride) {

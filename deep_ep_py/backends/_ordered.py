@@ -72,7 +72,7 @@ class OrderedBackend(ABC):
             EPTimeoutError, EPPeerError: ranks did not come or are gone; the buffer is poisoned.
         """
         self._refuse_capture("dispatch")
-        turn = self._streams.turn(only_previous=spec.on_comm_stream)
+        turn = self._streams.turn()
 
         def begin() -> Any:
             with turn.on_stream():
@@ -104,7 +104,7 @@ class OrderedBackend(ABC):
         what :meth:`prepare` would."""
         self._order.check()
         self._refuse_capture("combine")
-        turn = self._streams.turn(only_previous=spec.on_comm_stream)
+        turn = self._streams.turn()
         with turn.on_stream():
             result = self._outputs(spec)
         turn.lend((result.combined_x, result.combined_topk_weights))

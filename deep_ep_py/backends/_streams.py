@@ -34,8 +34,8 @@ class Streams:
 
     comm_stream: Any = None
 
-    def turn(self, *, only_previous: bool) -> Turn:  # noqa: ARG002
-        """``only_previous``: what the caller has enqueued is not waited for."""
+    def turn(self) -> Turn:
+        """Behind what the calling thread has enqueued."""
         return Turn()
 
     def refusal(self) -> str:
@@ -49,8 +49,8 @@ class CudaStreams(Streams):
     def __init__(self, device: torch.device) -> None:
         self.comm_stream = torch.cuda.Stream(device)
 
-    def turn(self, *, only_previous: bool) -> Turn:
-        return _CudaTurn(self.comm_stream, only_previous)
+    def turn(self) -> Turn:
+        return _CudaTurn(self.comm_stream)
 
     def refusal(self) -> str:
         if not torch.cuda.is_current_stream_capturing():
@@ -61,16 +61,15 @@ class CudaStreams(Streams):
 
 
 class _CudaTurn(Turn):
-    def __init__(self, stream: Any, only_previous: bool) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._caller = torch.cuda.current_stream(stream.device)
-        self._ready = None if only_previous else self._caller.record_event()
+        self._ready = self._caller.record_event()
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
         with torch.cuda.stream(self._stream):
-            if self._ready is not None:
-                self._stream.wait_event(self._ready)
+            self._stream.wait_event(self._ready)
             yield
 
     def lend(self, tensors: Iterable[torch.Tensor | None]) -> None:

@@ -8,27 +8,26 @@ call that looks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from .. import _C
 from ..communicator import Communicator
 from ..errors import EPBackendUnavailableError, EPError
 from ..event import CompletionEvent
-from ..plans import LAYOUTS, Plan, plan_words
+from ..plans import LAYOUTS, plan_words
 from ..settings import Settings
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec, ExpertPlacement
+from ._cuda_calls import Outputs, address, device_plan, known_rows, numbers
 from ._cuda_machine import Machine
 from ._dtypes import DTYPE_CODES, ROW_TYPES
 from .base import Flight, Statistics
 
 _OPS = {"dispatch": 1, "combine": 3, "barrier": 4}
-#: recv_x, recv_sf, recv_topk_idx, recv_topk_weights, recv_meta.
-_Outputs = tuple[
-    torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
-]
+# What is queued when a buffer is closed gets so long to end; then its waits are ended.
+_CLOSE_SECONDS = 10.0
 
 
 class CudaPeerBackend:
@@ -96,6 +95,7 @@ class CudaPeerBackend:
         exchange("mapping", {"refused": refused})
         self._tables: dict[int, tuple[ExpertPlacement, tuple[torch.Tensor, ...]]] = {}
         self._copied_inputs = 0
+        self._closed = False
 
     @property
     def comm_stream(self) -> Any:
@@ -107,74 +107,79 @@ class CudaPeerBackend:
     def prepare(
         self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
     ) -> Flight:
+        self._require_open()
         machine, plan, x, placement = self._machine, spec.plan, spec.x, spec.placement
         cached = plan is not None
-        machine.begin(previous, on_comm_stream=spec.on_comm_stream)
         num_tokens, hidden = x.shape
         row_bytes = hidden * x.element_size()
         topk_idx, weights = spec.topk_idx, spec.topk_weights
         num_topk = topk_idx.shape[1] if topk_idx is not None else weights.shape[1] if weights is not None else 0
         tables: tuple[torch.Tensor | None, ...] = (None,) * 4
-        if plan is not None:
-            packed, num_local, num_slots = plan.packed, plan.num_local, plan.num_slots
-        else:
-            assert placement is not None
-            num_local = placement.num_local[self.rank]
-            num_slots = self.num_ranks if spec.layout == "rank" else num_topk
-            words = plan_words(num_tokens, num_slots, self.num_ranks, num_local)
-            packed = torch.empty(words, dtype=torch.int64, device=self.device)
-            tables = self._tables_of(placement)
-        known = self._known_rows(spec)
-        outputs = None if known is None else self._outputs(spec, num_topk, *known)
-        held: list[torch.Tensor] = [packed]
+        known, outputs = known_rows(spec, self.num_ranks), None
+        with self._refusing("dispatch"):
+            if plan is not None:
+                packed, num_local, num_slots = plan.packed, plan.num_local, plan.num_slots
+            else:
+                assert placement is not None
+                num_local = placement.num_local[self.rank]
+                num_slots = self.num_ranks if spec.layout == "rank" else num_topk
+                words = plan_words(num_tokens, num_slots, self.num_ranks, num_local)
+                packed = torch.empty(words, dtype=torch.int64, device=self.device)
+                tables = self._tables_of(placement)
+            if known is not None:
+                outputs = self._outputs(spec, num_topk, *known)
+            machine.begin(previous)
+        held: list[torch.Tensor] = []
 
         def workspace(num_bytes: int) -> int:
-            held.append(torch.empty(num_bytes, dtype=torch.uint8, device=self.device))
+            with self._refusing("dispatch"), machine.on_comm_stream():  # nobody else uses it
+                held.append(torch.empty(num_bytes, dtype=torch.uint8, device=self.device))
             return held[-1].data_ptr()
 
-        flight = self._engine.dispatch_begin(
-            stream=machine.stream,
-            layout=LAYOUTS.index(spec.layout),
-            cached=cached,
-            host_counts=known is None,
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            num_experts=0 if placement is None else placement.num_experts,
-            num_local=num_local,
-            num_slots=num_slots,
-            topk_idx=_address(topk_idx),
-            topk_weights=_address(weights),
-            has_topk=topk_idx is not None,
-            weight_bytes=0 if weights is None else weights.element_size(),
-            is_token_in_rank=_address(spec.is_token_in_rank),
-            num_tokens_per_rank=_address(spec.num_tokens_per_rank),
-            num_tokens_per_expert=_address(spec.num_tokens_per_expert),
-            expert_rank=_address(tables[0]),
-            expert_local=_address(tables[1]),
-            sorted_experts=_address(tables[2]),
-            rank_begin=_address(tables[3]),
-            plan=packed.data_ptr(),
-            x=x.data_ptr(),
-            x_stride_bytes=x.stride(0) * x.element_size() if num_tokens > 1 else row_bytes,
-            row_bytes=row_bytes,
-            hidden=hidden,
-            dtype=DTYPE_CODES[x.dtype],
-            sf=_address(spec.sf),
-            sf_bytes=0 if spec.sf is None else spec.sf.shape[1] * spec.sf.element_size(),
-            expert_alignment=spec.expert_alignment,
-            zero_padding=spec.zero_padding,
-            mask_weights=spec.mask_weights,
-            describe_sources=spec.describe_sources and plan is None,
-            col_major_sf=spec.col_major_sf,
-            num_worst_tokens=-1 if spec.num_worst_tokens is None else spec.num_worst_tokens,
-            num_max_tokens_per_rank=spec.num_max_tokens_per_rank,
-            num_output_rows=0 if known is None else known[0],
-            num_sms=spec.max_threads,
-            allocate_workspace=workspace,
-            outputs=None if outputs is None else _numbers(outputs),
-        )
+        with machine.joined():
+            flight = self._engine.dispatch_begin(
+                stream=machine.stream,
+                layout=LAYOUTS.index(spec.layout),
+                cached=cached,
+                host_counts=known is None,
+                num_tokens=num_tokens,
+                num_topk=num_topk,
+                num_experts=0 if placement is None else placement.num_experts,
+                num_local=num_local,
+                num_slots=num_slots,
+                topk_idx=address(topk_idx),
+                topk_weights=address(weights),
+                has_topk=topk_idx is not None,
+                weight_bytes=0 if weights is None else weights.element_size(),
+                is_token_in_rank=address(spec.is_token_in_rank),
+                num_tokens_per_rank=address(spec.num_tokens_per_rank),
+                num_tokens_per_expert=address(spec.num_tokens_per_expert),
+                expert_rank=address(tables[0]),
+                expert_local=address(tables[1]),
+                sorted_experts=address(tables[2]),
+                rank_begin=address(tables[3]),
+                plan=packed.data_ptr(),
+                x=x.data_ptr(),
+                x_stride_bytes=x.stride(0) * x.element_size() if num_tokens > 1 else row_bytes,
+                row_bytes=row_bytes,
+                hidden=hidden,
+                dtype=DTYPE_CODES[x.dtype],
+                sf=address(spec.sf),
+                sf_bytes=0 if spec.sf is None else spec.sf.shape[1] * spec.sf.element_size(),
+                expert_alignment=spec.expert_alignment,
+                zero_padding=spec.zero_padding,
+                mask_weights=spec.mask_weights,
+                describe_sources=spec.describe_sources and plan is None,
+                col_major_sf=spec.col_major_sf,
+                num_worst_tokens=-1 if spec.num_worst_tokens is None else spec.num_worst_tokens,
+                num_max_tokens_per_rank=spec.num_max_tokens_per_rank,
+                num_output_rows=0 if known is None else known[0],
+                num_sms=spec.max_threads,
+                allocate_workspace=workspace,
+                outputs=None if outputs is None else numbers(outputs),
+            )
         if plan is None:
-            plan = self._plan_of(spec, packed, num_slots, num_local, None if known else flight, known)
+            plan = device_plan(spec, packed, self.rank, self.num_ranks, num_slots, num_local, flight, known)
         if outputs is None:
             try:
                 meta_rows = flight.num_rows if spec.layout == "rank" else flight.num_recv_tokens
@@ -186,64 +191,25 @@ class CudaPeerBackend:
         assert recv_x is not None
         counts = None if known or cached else flight.expert_counts
         result = Dispatched(recv_x, recv_sf, recv_idx, recv_weights, recv_meta, plan, counts)
-        return Flight(result, state=(flight, spec, background, held))
-
-    def _plan_of(
-        self,
-        spec: DispatchSpec,
-        packed: torch.Tensor,
-        num_slots: int,
-        num_local: int,
-        counted: _C.CudaFlight | None,
-        known: tuple[int, int] | None,
-    ) -> Plan:
-        """A plan that the device writes. What the host has not waited for is -1 in it."""
-        return Plan(
-            packed=packed,
-            layout_number=LAYOUTS.index(spec.layout),
-            num_tokens=spec.x.shape[0],
-            num_slots=num_slots,
-            num_ranks=self.num_ranks,
-            rank=self.rank,
-            num_local=num_local,
-            num_rows=counted.num_rows if counted else -1,
-            num_output_rows=counted.num_rows if counted else known[0] if known else 0,
-            num_recv_tokens=counted.num_recv_tokens if counted else -1,
-            digest=counted.digest if counted else -1,
-            expert_alignment=spec.expert_alignment,
-            num_max_tokens_per_rank=counted.num_max_tokens_per_rank if counted else spec.num_max_tokens_per_rank,
-            num_domains=0,
-            num_relayed=0,
-            relay_slots=0,
-        )
+        return Flight(result, state=(flight, spec, background, packed, held))
 
     def dispatch_send(self, flight: Flight) -> None:
-        core, spec, background, held = flight.state
+        core, spec, background, packed, _ = flight.state
         out: Dispatched = flight.result
         made = (out.recv_x, out.recv_sf, out.recv_topk_idx, out.recv_topk_weights, out.recv_meta)
-        self._engine.dispatch_move(flight=core, outputs=_numbers(made), failed=None)
+        with self._machine.joined():
+            self._engine.dispatch_move(flight=core, outputs=numbers(made), failed=None)
         flight.state = None
         given = (spec.x, spec.sf, spec.topk_idx, spec.topk_weights, spec.is_token_in_rank, spec.num_tokens_per_rank)
-        uses = (*given, spec.num_tokens_per_expert, *made, *held)
-        flight.event = self._machine.end(uses, background=background)
+        uses = (*given, spec.num_tokens_per_expert, *made, packed)
+        flight.event = self._machine.end(uses, background=background, on_comm_stream=spec.on_comm_stream)
 
     def dispatch_recv(self, flight: Flight) -> Dispatched:
         # Both halves are on the stream already: a kernel waits there for the rows.
         result: Dispatched = flight.result
         return result
 
-    def _known_rows(self, spec: DispatchSpec) -> tuple[int, int] | None:
-        """Rows of the outputs, and of ``recv_meta``, where they are known before anybody has met."""
-        if spec.plan is not None:
-            return spec.plan.num_output_rows if spec.num_worst_tokens is None else spec.num_worst_tokens, 0
-        if spec.num_worst_tokens is None:
-            return None
-        rank_layout = spec.layout == "rank"
-        return spec.num_worst_tokens, (
-            spec.num_worst_tokens if rank_layout else self.num_ranks * spec.num_max_tokens_per_rank
-        )
-
-    def _outputs(self, spec: DispatchSpec, num_topk: int, rows: int, meta_rows: int) -> _Outputs:
+    def _outputs(self, spec: DispatchSpec, num_topk: int, rows: int, meta_rows: int) -> Outputs:
         """recv_x, recv_sf, recv_topk_idx, recv_topk_weights, recv_meta: in the heap, where peers write to them."""
         x, sf, new, expand = spec.x, spec.sf, spec.plan is None, spec.layout == "expand"
         recv_sf = recv_idx = recv_weights = recv_meta = None
@@ -282,61 +248,65 @@ class CudaPeerBackend:
         self, spec: CombineSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
     ) -> Flight:
         y, plan = spec.y, spec.plan
-        self._machine.begin(previous, on_comm_stream=spec.on_comm_stream)
-        combined_x = torch.empty((plan.num_tokens, y.shape[1]), dtype=y.dtype, device=self.device)
-        weights = None
-        if spec.weights is not None:
-            columns = spec.weights.shape[1] if plan.layout == "rank" else plan.num_slots
-            weights = torch.empty((plan.num_tokens, columns), dtype=spec.weights.dtype, device=self.device)
-        return Flight(Combined(combined_x, weights), state=(spec, background))
+        self._require_open()
+        weights, shared_weights = None, None
+        with self._refusing("combine"):
+            combined_x = torch.empty((plan.num_tokens, y.shape[1]), dtype=y.dtype, device=self.device)
+            if spec.weights is not None:
+                columns = spec.weights.shape[1] if plan.layout == "rank" else plan.num_slots
+                weights = torch.empty((plan.num_tokens, columns), dtype=spec.weights.dtype, device=self.device)
+                shared_weights = self._room_for(spec.weights, spec.on_comm_stream)
+            shared = self._room_for(y, spec.on_comm_stream)
+            self._machine.begin(previous)
+            with self._machine.joined(), self._machine.on_comm_stream():
+                for room, given in ((shared, y), (shared_weights, spec.weights)):
+                    if room is not None and given is not None and room is not given:
+                        room.copy_(given)
+        return Flight(Combined(combined_x, weights), state=(spec, background, shared, shared_weights))
 
     def combine_send(self, flight: Flight) -> None:
-        spec, background = flight.state
+        spec, background, y, weights = flight.state
         out: Combined = flight.result
         plan, bias = spec.plan, spec.bias
-        y = self._shared(spec.y, spec.on_comm_stream)
-        weights = None if spec.weights is None else self._shared(spec.weights, spec.on_comm_stream)
-        self._engine.combine(
-            stream=self._machine.stream,
-            plan=plan.packed.data_ptr(),
-            layout=plan.layout_number,
-            num_slots=plan.num_slots,
-            num_local=plan.num_local,
-            num_tokens=plan.num_tokens,
-            y=y.data_ptr(),
-            y_rows=y.shape[0],
-            row_bytes=y.shape[1] * y.element_size(),
-            hidden=y.shape[1],
-            dtype=ROW_TYPES[y.dtype],
-            weights=_address(weights),
-            weight_bytes=4 if weights is None else weights.element_size(),
-            num_weights=0 if weights is None else weights.shape[1] if weights.dim() == 2 else 1,
-            num_bias=len(bias),
-            bias0=bias[0].data_ptr() if bias else 0,
-            bias1=bias[1].data_ptr() if len(bias) > 1 else 0,
-            reduce_per_rank=spec.reduce_per_rank,
-            out=out.combined_x.data_ptr(),
-            out_weights=_address(out.combined_topk_weights),
-            num_sms=spec.max_threads,
-        )
+        with self._machine.joined():
+            self._engine.combine(
+                stream=self._machine.stream,
+                plan=plan.packed.data_ptr(),
+                layout=plan.layout_number,
+                num_slots=plan.num_slots,
+                num_local=plan.num_local,
+                num_tokens=plan.num_tokens,
+                y=y.data_ptr(),
+                y_rows=y.shape[0],
+                row_bytes=y.shape[1] * y.element_size(),
+                hidden=y.shape[1],
+                dtype=ROW_TYPES[y.dtype],
+                weights=address(weights),
+                weight_bytes=4 if weights is None else weights.element_size(),
+                num_weights=0 if weights is None else weights.shape[1] if weights.dim() == 2 else 1,
+                num_bias=len(bias),
+                bias0=bias[0].data_ptr() if bias else 0,
+                bias1=bias[1].data_ptr() if len(bias) > 1 else 0,
+                reduce_per_rank=spec.reduce_per_rank,
+                out=out.combined_x.data_ptr(),
+                out_weights=address(out.combined_topk_weights),
+                num_sms=spec.max_threads,
+            )
         flight.state = None
         uses = (y, weights, spec.y, spec.weights, *bias, plan.packed, out.combined_x, out.combined_topk_weights)
-        flight.event = self._machine.end(uses, background=background)
+        flight.event = self._machine.end(uses, background=background, on_comm_stream=spec.on_comm_stream)
 
     def combine_recv(self, flight: Flight) -> Combined:
         result: Combined = flight.result
         return result
 
-    def _shared(self, rows: torch.Tensor, on_comm_stream: bool) -> torch.Tensor:
-        """``rows`` where peers can read them: as they are if they lie in the heap, else a copy there."""
+    def _room_for(self, rows: torch.Tensor, on_comm_stream: bool) -> torch.Tensor:
+        """Where peers can read ``rows``: where they are if that is in the heap, else room for a copy."""
         if rows.is_contiguous() and self._engine.in_heap(data=rows.data_ptr(), bytes=rows.nbytes):
             return rows
-        with self._machine.heap(self._engine, on_comm_stream=on_comm_stream) as empty:
-            copy = empty(rows.shape, rows.dtype)
-        with self._machine.on_comm_stream():
-            copy.copy_(rows)
         self._copied_inputs += rows.dim() == 2
-        return copy
+        with self._machine.heap(self._engine, on_comm_stream=on_comm_stream) as empty:
+            return empty(rows.shape, rows.dtype)
 
     # The rest -------------------------------------------------------------------------------------------------------
 
@@ -345,14 +315,19 @@ class CudaPeerBackend:
             self._engine.poison("a dispatch was begun and then given up")
 
     def barrier(self, *, host: bool = True) -> None:
-        self._machine.begin((), on_comm_stream=False)
-        self._engine.barrier(stream=self._machine.stream, host=host)
-        self._machine.end((), background=False)
+        self._require_open()
+        self._machine.begin(())
+        with self._machine.joined():
+            self._engine.barrier(stream=self._machine.stream, host=host)
+        self._machine.end((), background=False, on_comm_stream=False)
 
     def fail(self, op: str, message: str) -> None:
+        if self._machine.capturing():
+            return  # nothing of a capture is carried out now, so no peer waits
         self._engine.fail(stream=self._machine.stream, op=_OPS[op], text=message[:500])
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        self._require_open()
         with self._machine.heap(self._engine, on_comm_stream=False) as empty:
             return empty(shape, dtype)
 
@@ -361,26 +336,22 @@ class CudaPeerBackend:
         return Statistics(**counters, copied_combine_inputs=self._copied_inputs)
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._machine.drain(_CLOSE_SECONDS)
         self._engine.close()
         self._machine.close()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EPError("this buffer was destroyed: build a new one")
 
-def _numbers(outputs: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
-    """As csrc/bindings/cuda.cpp reads them: addresses, the leading dimension of column-major scale factors, rows."""
-    recv_x, recv_sf, recv_idx, recv_weights, recv_meta = outputs
-    assert recv_x is not None
-    col_major = recv_sf is not None and recv_sf.stride(0) == 1 and recv_sf.stride(1) > 1
-    return (
-        recv_x.data_ptr(),
-        _address(recv_sf),
-        recv_sf.stride(1) if recv_sf is not None and col_major else 0,
-        _address(recv_idx),
-        _address(recv_weights),
-        _address(recv_meta),
-        recv_x.shape[0],
-        0 if recv_meta is None else recv_meta.shape[0],
-    )
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    @contextmanager
+    def _refusing(self, op: str) -> Iterator[None]:
+        """Nothing is published yet: what goes wrong inside is told to the peers, at this operation's place."""
+        try:
+            yield
+        except Exception as e:
+            self.fail(op, f"{type(e).__name__}: {e}")
+            raise

@@ -7,6 +7,7 @@ with AddressSanitizer, which wants to be there before the interpreter: see tests
 from __future__ import annotations
 
 import argparse
+import threading
 from itertools import product
 
 import torch
@@ -41,6 +42,9 @@ CASES = (
     Case((20, 21), hidden=65, dtype=torch.float8_e5m2),
     Case((5, 6, 7, 8, 9, 1, 2, 3), hidden=24, num_experts=24, num_topk=3),
 )
+
+
+ONE_AT_A_TIME = threading.Lock()
 
 
 def main() -> None:
@@ -86,8 +90,9 @@ def check_layer(group):
     found = []
     for backend in ("cuda_peer", "collective"):
         buffer = ElasticBuffer(group, num_max_tokens_per_rank=24, backend=backend)
-        torch.manual_seed(1)
-        layer = MoELayer(16, 8, 6, 3, buffer)
+        with ONE_AT_A_TIME:  # torch's generator is the process's
+            torch.manual_seed(1)
+            layer = MoELayer(16, 8, 6, 3, buffer)
         seeded = torch.Generator().manual_seed(group.rank)
         x = torch.randn(20 + group.rank, 16, generator=seeded).requires_grad_()
         y, aux_loss, _ = layer(x)

@@ -66,12 +66,18 @@ class Machine:
     def on_comm_stream(self):
         return contextlib.nullcontext()
 
-    def begin(self, previous, *, on_comm_stream):
+    def begin(self, previous):
         for event in previous:
             event.wait()
 
-    def end(self, uses, *, background):
+    def joined(self):
+        return contextlib.nullcontext()
+
+    def end(self, uses, *, background, on_comm_stream):
         return Complete() if background else None
+
+    def drain(self, seconds):
+        pass
 
     def close(self):
         pass

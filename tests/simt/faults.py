@@ -83,6 +83,36 @@ def without_sync(group):
     buffer.destroy()
 
 
+def out_of_memory(group, operation):
+    """One rank has none before it published anything: the others raise too, and all stay in step."""
+    buffer = ElasticBuffer(group, backend="cuda_peer", num_cpu_timeout_secs=20)
+    mine = inputs(group.rank, do_cpu_sync=False)
+    recv_x, _, _, handle, _ = buffer.dispatch(**mine)
+    machine = buffer._engine.backend._machine
+    if group.rank == 1:
+
+        def fail(*_):
+            del machine._empty
+            raise MemoryError("planted")
+
+        machine._empty = fail
+    act = {
+        "dispatch": lambda: buffer.dispatch(**mine),
+        "exact": lambda: buffer.dispatch(**inputs(group.rank)),
+        "cached dispatch": lambda: buffer.dispatch(mine["x"], handle=handle),
+        "combine": lambda: buffer.combine(recv_x.clone(), handle),
+    }[operation]
+    told = []
+    for step in (act, lambda: buffer.barrier(with_cpu_sync=True)):  # where the call did not wait, the barrier looks
+        try:
+            step()
+        except (EPError, MemoryError) as e:  # noqa: PERF203
+            told.append(str(e))
+    assert told and any(word in told[0] for word in ("planted", "cannot grow")), told
+    works(buffer, group.rank)
+    buffer.destroy()
+
+
 def missing(group, backend):
     """Rank 1 does not come: the others name it, and their buffers are at an end."""
     buffer = ElasticBuffer(group, backend=backend, num_cpu_timeout_secs=1)
@@ -104,6 +134,8 @@ def main() -> None:
         assert None not in on_device
         assert on_device == on_host, (on_device, on_host)
     run_threads(3, without_sync)
+    for operation in ("dispatch", "exact", "cached dispatch", "combine"):
+        run_threads(2, out_of_memory, operation)
     on_host, on_device = (run_threads(3, missing, backend) for backend in ("shm", "cuda_peer"))
     assert on_device == on_host, (on_device, on_host)
     assert on_device[0] == ("EPTimeoutError", "dispatch", (1,)), on_device
