@@ -10,10 +10,8 @@ import torch
 from ._pairs import PairChannel
 from .backends import _cuda_library
 from .backends._domains import Domains, group_by_domain
-from .backends._staged import StagedHybridBackend
 from .backends.base import Backend
 from .backends.collective import CollectiveBackend
-from .backends.cuda_peer import CudaPeerBackend
 from .backends.hybrid import HybridBackend
 from .backends.shm import ShmBackend, unavailable_because
 from .backends.shm_domain import ShmDomain
@@ -127,6 +125,8 @@ def _open_shm(c: Construction) -> Backend:
 
 
 def _open_cuda_peer(c: Construction) -> Backend:
+    from .backends.cuda_peer import CudaPeerBackend  # programs on CPUs need not load it
+
     why = _cuda_library.unavailable_because(c.device.index or 0)
     if len(domains_of(c.hosts)) > 1:
         why = f"ranks are on several machines, whose GPUs do not map each other's memory: {domains_of(c.hosts)}"
@@ -189,8 +189,11 @@ def _open_hybrid(c: Construction) -> Backend:
     agree("connections across domains", why)
     assert domain is not None
     assert rail is not None
-    kind = HybridBackend if c.device.type == "cpu" else StagedHybridBackend
-    return kind(domains, rail, domain, c.settings, c.device)
+    if c.device.type == "cpu":
+        return HybridBackend(domains, rail, domain, c.settings)
+    from .backends._staged import StagedHybridBackend
+
+    return StagedHybridBackend(domains, rail, domain, c.settings, c.device)
 
 
 def _patient(settings: Settings) -> Settings:
