@@ -175,9 +175,19 @@ def graph(result: Path, architecture: str) -> dict[str, Any]:
     return done
 
 
-CHECKS = {
-    f.__name__: f for f in (device, build, driverless, threads, processes, small, memcheck, racecheck, synccheck, graph)
-}
+def faces(result: Path, architecture: str) -> dict[str, Any]:
+    from _gpu_faces import faces as check
+
+    from deep_ep_py.testing import run_threads
+
+    for num_ranks in (1, 4):
+        run_threads(num_ranks, check, timeout_seconds=30)
+        write_result(result, "failed", "not done", ranks=num_ranks)
+    return {"checked": "asynchronous calls, rows in place, gradients, a layer, fp8; R=1, 4"}
+
+
+ALL = (device, build, driverless, threads, processes, faces, small, memcheck, racecheck, synccheck, graph)
+CHECKS = {f.__name__: f for f in ALL}
 
 if __name__ == "__main__":
     sys.exit(main(CHECKS, sys.argv[1:]))

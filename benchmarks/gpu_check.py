@@ -12,6 +12,7 @@ Stages, each in processes of its own with a limit of its own; one that fails doe
     driverless  imports where no GPU can be seen, and says why it cannot be used
     threads     conformance against the oracle, bit for bit; ranks are threads: R = 1, 2, 4, 8
     processes   the same, ranks are processes
+    faces       asynchronous calls, rows in place, gradients, an MoE layer, fp8
     memcheck, racecheck, synccheck    small cases under compute-sanitizer
     graph       dispatch and combine captured in a CUDA graph, replayed with other routing
     timings     the device's copy rate; dispatch and combine against it; a pair of few tokens; how few SMs do
@@ -45,6 +46,7 @@ STAGES = (
     Stage("driverless", 60, needs_gpu=False),
     Stage("threads", 90),
     Stage("processes", 110),
+    Stage("faces", 40),
     Stage("memcheck", 60),
     Stage("racecheck", 45),
     Stage("synccheck", 45),
@@ -67,7 +69,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-RANKS_ARE_THREADS = {"threads", "graph", "timings"}
+RANKS_ARE_THREADS = {"threads", "faces", "graph", "timings"}
 
 
 def environment(name: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from deep_ep_py.testing import run_threads
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import _gpu_cases
+import _gpu_faces as faces
 import _gpu_report as report
 import _gpu_stages as stages
 import _gpu_timings as timings
@@ -217,7 +218,7 @@ def copy_into(held, new):
 def rehearsal(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the ranks run on the GPU here")
-    for module in (_gpu_cases, timings):
+    for module in (_gpu_cases, faces, timings):
         monkeypatch.setattr(module, "BACKEND", "shm")
         monkeypatch.setattr(module, "DEVICE", "cpu")
     for name, value in {"RANKS": 2, "TOKENS": 16, "HIDDEN": 64, "EXPERTS": 16, "SWEEP": (1, 4)}.items():
@@ -228,6 +229,10 @@ def rehearsal(monkeypatch):
 def test_rehearsal_of_round_trips(rehearsal, few):
     assert set(run_threads(2, _gpu_cases.round_trips, few)) == {9 if few else 29}
     run_threads(2, _gpu_cases.few_round_trips)
+
+
+def test_rehearsal_of_faces(rehearsal):
+    run_threads(2, faces.faces)
 
 
 def test_rehearsal_of_replays(rehearsal):
