@@ -59,7 +59,11 @@ class Engine:
             EPTimeoutError: ranks did not come; names them.
             EPBackendUnavailableError: the backend asked for does not work here; says why.
         """
-        device = device_of(settings, communicator)
+        device = torch.device("cpu")
+        try:
+            device = device_of(settings, communicator)
+        except Exception as e:  # a driver that does not work: the peers must hear of it
+            refused = refused or e
         mine = {
             "refused": "" if refused is None else str(refused),
             "agree": {"class": face, "backend": settings.backend, "device": device.type, **agree},

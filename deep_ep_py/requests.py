@@ -241,6 +241,9 @@ class Placements:
         """[E] int32, the rank of each expert. Always asked for the same device; the first time it is copied there."""
         ranks = self._ranks_on_device.get(num_experts)
         if ranks is None:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                known = "one that a call before the capture has had: its table is copied to the GPU then"
+                raise EPArgumentError.of("num_experts", known, num_experts)
             ranks = self._ranks_on_device[num_experts] = self.of(num_experts).rank.to(device)
         return ranks
 
