@@ -113,7 +113,9 @@ def run_stage(
 
 
 def kill_session(process: subprocess.Popen[bytes]) -> None:
-    """The process and what it started, which stands in its session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """The process and all of its session: what it started may have made process groups of its own, as ninja does."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(int(folder.name)) == process.pid:
+                os.kill(int(folder.name), signal.SIGKILL)
     process.wait()

@@ -4,7 +4,7 @@
     python benchmarks/gpu_check.py --stages threads,graph      # some of it
     python benchmarks/gpu_check.py --show benchmarks/results/gpu_....json
 
-Asks for CUDA (nvcc), PyTorch of 2.6 or later built for CUDA, pybind11, setuptools, cmake and ninja. One GPU is enough:
+Asks for CUDA (nvcc), PyTorch of 2.8 or later built for CUDA, pybind11, setuptools, cmake and ninja. One GPU is enough:
 ranks share it. With more, rank r uses GPU r modulo their number.
 
 Stages, each in processes of its own with a limit of its own; one that fails does not keep the others from running:
@@ -19,7 +19,8 @@ Stages, each in processes of its own with a limit of its own; one that fails doe
     nccl        all_to_all_single of the same bytes, where NCCL lets ranks share a GPU, or each has its own
 
 The floor of an operation is the bytes that it must read and write, over all ranks that share the GPU, at the rate at
-which one large device copy reads and writes. Exit status: 0 passed, 1 something failed, 2 there is no GPU to check.
+which one large device copy reads and writes. Exit status: 0 passed, 1 something failed, 2 there is no GPU to check. The
+build stage leaves kernels of this GPU's architecture alone in the checkout: ``pip install -e .`` brings the others back.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ STAGES = (
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--stages", default=",".join(names), help=f"of {','.join(names)}")
+    parser.add_argument("--stages", help=f"of {','.join(names)} (all; without a GPU none)")
     parser.add_argument("--out", type=Path, help="record (benchmarks/results/gpu_<device>_<date>.json)")
     parser.add_argument("--show", type=Path, metavar="RECORD", help="print a record's tables and do nothing else")
     options = parser.parse_args(argv)
-    options.stages = options.stages.split(",")
+    options.all = options.stages is None
+    options.stages = names if options.all else options.stages.split(",")
     if unknown := set(options.stages) - set(names):
         parser.error(f"--stages: no {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     return options
@@ -104,7 +106,7 @@ def check(options: argparse.Namespace) -> int:
     began = time.monotonic()
     device = run_stage(Stage("device", 60), lambda result: command("device", result, {}), environment("device"))
     facts = device.data if device.status == "passed" else {}
-    if not facts and "build" not in options.stages and "driverless" not in options.stages:
+    if not facts and (options.all or not {"build", "driverless"} & set(options.stages)):
         print(f"no GPU to check: {device.reason}")
         return 2
     results: dict[str, Result] = {}

@@ -95,10 +95,19 @@ def device_of(settings: Settings, communicator: Communicator) -> torch.device:
     """Where a buffer's tensors lie; see ``Settings.device``. CUDA is not touched by a program that does not use it."""
     wanted = "cuda" if settings.backend == "cuda_peer" else settings.device
     if wanted == "auto":
-        wanted = "cuda" if communicator.carries_cuda or torch.cuda.is_initialized() else "cpu"
+        meant = communicator.carries_cuda and torch.cuda.is_available()
+        wanted = "cuda" if meant or torch.cuda.is_initialized() else "cpu"
     if wanted == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if settings.backend != "cuda_peer":  # which says itself what is missing
+        raise EPBackendUnavailableError(
+            f"Settings.device = {settings.device!r}, but torch {torch.__version__} sees no GPU: install a torch built"
+            " for CUDA, and a driver, or set Settings.device (DEEP_EP_PY_DEVICE) to 'cpu'",
+            reasons={"cuda": "torch sees no GPU"},
+        )
+    return torch.device("cuda", 0)
 
 
 def domains_of(hosts: list[dict[str, str]]) -> list[list[int]]:

@@ -182,7 +182,9 @@ def _gpus(report: Report) -> str:
     why = _cuda_library.unavailable_because(0)
     if count:
         remedy = "" if not why else "install with nvcc on PATH (DEEP_EP_CUDA=on says what is missing), and a driver"
-        report.add("GPUs", "cuda_peer", "warn" if why else "ok", why or "can be tried", remedy)
+        report.add(
+            "GPUs", "cuda_peer", "warn" if why else "ok", why or "can be tried; it has not yet run on a GPU", remedy
+        )
     return why
 
 
