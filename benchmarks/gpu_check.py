@@ -19,8 +19,8 @@ Stages, each in processes of its own with a limit of its own; one that fails doe
     nccl        all_to_all_single of the same bytes, where NCCL lets ranks share a GPU, or each has its own
 
 The floor of an operation is the bytes that it must read and write, over all ranks that share the GPU, at the rate at
-which one large device copy reads and writes. Exit status: 0 passed, 1 something failed, 2 there is no GPU to check. The
-build stage leaves kernels of this GPU's architecture alone in the checkout: ``pip install -e .`` brings the others back.
+which one large device copy reads and writes. Exit status: 0 passed, 1 something failed, 2 there is no GPU. The build
+stage leaves this GPU's kernels alone in the checkout: ``pip install -e .`` brings the other architectures back.
 """
 
 from __future__ import annotations
