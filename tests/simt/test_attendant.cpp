@@ -276,7 +276,7 @@ void processes() {
         member.allocate(uint64_t{70} << 20);
       read_line(down[0]);  // until it is killed: one that ends has said goodbye
     });
-    Member member(0, 2, kEpoch, stopped ? 1.0 : 10.0);
+    Member member(0, 2, kEpoch, stopped ? 3.0 : 10.0);
     write_line(down[1], member.attendant->endpoint());
     member.connect({"", ""});
     BlockRef theirs;
@@ -287,7 +287,9 @@ void processes() {
     write_line(down[1], std::to_string(own.segment) + " " + std::to_string(own.offset));
     EXPECT(read_line(up[0]) == "from rank 0", "written");
     if (stopped) {
-      kill(child.pid, SIGSTOP);
+      int status = 0;
+      kill(child.pid, SIGSTOP);  // its threads run on until each has seen it
+      EXPECT(waitpid(child.pid, &status, WUNTRACED) == child.pid && WIFSTOPPED(status), "stopped");
       const std::string why = error_of([&] { member.allocate(uint64_t{400} << 20); });
       EXPECT(has(why, "waited for ranks [1] to map its new memory"), "%s", why.c_str());
       EXPECT(member.attendant->state(1).gone.empty(), "it is there");
