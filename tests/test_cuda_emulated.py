@@ -76,12 +76,13 @@ class Build:
         succeed(["cmake", "--build", self.folder, "--target", *targets], 500)
 
     def python(self, module, *options, **environment):
-        sanitizer = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+        # The sanitizer looks for what throws when it is loaded, so that must be there too.
+        first = [succeed(["g++", f"-print-file-name={name}"], 20).strip() for name in ("libasan.so", "libstdc++.so.6")]
         return run(
             [sys.executable, "-m", f"simt.{module}", *options],
             500,
             DEEP_EP_SIMT_LIBRARY=str(self.folder / "libdeep_ep_simt.so"),
-            LD_PRELOAD=sanitizer.stdout.strip(),
+            LD_PRELOAD=" ".join(first),
             PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
             **environment,
         )
