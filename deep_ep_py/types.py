@@ -70,6 +70,7 @@ class DispatchSpec:
         num_max_tokens_per_rank: M, the stride of global token indices in the metadata; 0: the largest token count.
         max_threads: upper bound of copy threads, on a GPU of multiprocessors; 0: the default.
         on_comm_stream: on a GPU, received tensors are memory of the communication stream.
+        carries: what the rows are: "rows", or in a backward pass "gradients of rows".
     """
 
     x: torch.Tensor
@@ -92,6 +93,7 @@ class DispatchSpec:
     num_max_tokens_per_rank: int = 0
     max_threads: int = 0
     on_comm_stream: bool = False
+    carries: str = "rows"
 
 
 @dataclass(slots=True, eq=False)
@@ -130,7 +132,7 @@ class CombineSpec:
         bias: 0, 1 or 2 tensors [T, H] of y's dtype, contiguous.
         reduce_per_rank: expanded only: sum and round the slots of one rank first.
         reduce_per_domain: over several domains: sum and round the rows of one domain first.
-        max_threads, on_comm_stream: as in ``DispatchSpec``.
+        max_threads, on_comm_stream, carries: as in ``DispatchSpec``.
     """
 
     y: torch.Tensor
@@ -141,6 +143,7 @@ class CombineSpec:
     reduce_per_domain: bool = True
     max_threads: int = 0
     on_comm_stream: bool = False
+    carries: str = "rows"
 
 
 @dataclass(slots=True, eq=False)
