@@ -8,25 +8,24 @@ from typing import Any, ClassVar
 import torch
 
 from . import validate
-from .choice import BackendInfo
-from .communicator import communicator_of
 from .config import Config, cuda_kernels_built
 from .engine import Engine
 from .errors import EPArgumentError
 from .event import EventHandle, EventOverlap, behind, completions
+from .face import Face
 from .handle import pack_v1, pack_v1_internode
 from .layout import align, dispatch_layout, layout_on_device
 from .plans import Plan
 from .requests import RequestsV1, Tokens
 from .settings import Settings
-from .traffic import Traffic
 
 
-class Buffer:
+class Buffer(Face):
     """Expert-parallel dispatch and combine with DeepEP's V1 interface.
 
     Args:
-        group: torch process group (any backend), an mpi4py communicator, or a deep_ep_py communicator.
+        group: torch process group (any backend) or its name, a DeviceMesh of one dimension (``mesh["ep"]``), an mpi4py
+            communicator, or a deep_ep_py communicator.
         num_nvl_bytes: heap to prepare, in bytes; it grows where that proves too small.
         num_rdma_bytes: kept for programs written for DeepEP; nothing is allocated for it.
         low_latency_mode: accepted, so that buffers which also serve low latency elsewhere work in normal mode here.
@@ -64,8 +63,7 @@ class Buffer:
         backend: str | None = None,
         settings: Settings | None = None,
     ) -> None:
-        communicator = communicator_of(group, comm)
-        self.group = group
+        communicator = self._communicator(group, comm)
         self.rank = communicator.rank
         self.group_size = communicator.size
         self.num_nvl_bytes = self.num_rdma_bytes = 0
@@ -139,10 +137,6 @@ class Buffer:
         validate.whole("num_ranks", num_ranks, 1)
         return -(-2 * experts * tokens * width // 128) * 128 + 128
 
-    def get_comm_stream(self) -> Any:
-        """The communication stream: torch.cuda.Stream; on a CPU, torch's stand-in for one."""
-        return self._engine.comm_stream()
-
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: Sequence[int] | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> torch.Tensor:
@@ -156,32 +150,8 @@ class Buffer:
         shape = ((total - offset) // dtype.itemsize,) if size is None else tuple(size)
         return self._engine.empty(shape, dtype)
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor in this rank's heap: an expert that writes its output here spares combine a copy.
-
-        Args:
-            shape: any shape. dtype: any dtype.
-        """
-        return self._engine.empty(shape, dtype)
-
-    def backend_info(self) -> BackendInfo:
-        """Which backend carries the rows, and why others were refused."""
-        return self._engine.info
-
-    def last_traffic(self) -> Traffic | None:
-        """What this rank moved in its last dispatch or combine, by link, in bytes: :class:`.traffic.Traffic`."""
-        return self._engine.last_traffic()
-
-    def statistics(self) -> Any:
-        """Counters of this buffer: :class:`.backends.base.Statistics`."""
-        return self._engine.statistics()
-
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing to clean: normal and low latency mode share no memory."""
-
-    def destroy(self) -> None:
-        """Give memory, threads and mappings back. Idempotent, not collective; what was returned stays valid."""
-        self._engine.close()
 
     def get_dispatch_layout(
         self,

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 
+from ._groups import group_of, store_of
 from ._mpi import is_mpi, mpi_communicator
 from ._nccl import NcclRows, has_nccl
 from ._pairs import PairChannel, ThreadPairs, TorchPairs
@@ -81,14 +82,14 @@ def communicator_of(group: object, comm: object = None) -> Communicator:
     """The communicator of one construction, from what users pass to a buffer.
 
     Args:
-        group: a torch ``ProcessGroup`` (any backend, any subset of the world), an mpi4py communicator, or a
-            :class:`Communicator`.
+        group: a torch ``ProcessGroup`` (any backend, any subset of the world), the name of one, a ``DeviceMesh`` of one
+            dimension, an mpi4py communicator, or a :class:`Communicator`.
         comm: an mpi4py communicator, where ``group`` is None.
 
     Raises:
         EPArgumentError: neither was given, or nothing that can be used.
     """
-    given = comm if group is None else group
+    given, _ = group_of(comm if group is None else group)
     if isinstance(given, Communicator):
         return given.session()
     if is_mpi(given):
@@ -96,7 +97,8 @@ def communicator_of(group: object, comm: object = None) -> Communicator:
     if dist.is_available() and isinstance(given, dist.ProcessGroup):
         return TorchCommunicator(given)
     remedy = (
-        "a torch.distributed process group that this rank is a member of, an mpi4py communicator, or a Communicator"
+        "a torch.distributed process group that this rank is a member of, its name, a DeviceMesh of one dimension, an "
+        "mpi4py communicator, or a Communicator"
     )
     raise EPArgumentError.of("comm" if given is comm and comm is not None else "group", remedy, _describe(given))
 
@@ -230,7 +232,7 @@ class TorchCommunicator(_StoreCommunicator):
             store, rank, names = part
             super().__init__(store, rank, len(names), names)
             return
-        store = _store_of(group)
+        store = store_of(group)
         super().__init__(store and prefixed("deep_ep_py", store), group.rank(), group.size())
 
     def session(self) -> TorchCommunicator:
@@ -382,15 +384,3 @@ def _not_connected(e: RuntimeError, timeout: float, backend: str) -> EPBackendUn
     reason = first_line(e)
     message = f"{backend}: torch could not connect the ranks within {timeout:g} s: {reason}"
     return EPBackendUnavailableError(message, reasons={backend: reason})
-
-
-def _store_of(group: Any) -> Any:
-    """The group's store, or None: groups that torch's registry does not know may still carry one."""
-    try:
-        return dist.distributed_c10d._get_process_group_store(group)
-    except (AttributeError, KeyError):
-        pass
-    try:
-        return group.get_group_store()
-    except (AttributeError, RuntimeError):
-        return None

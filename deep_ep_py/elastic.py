@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import validate
-from .choice import BackendInfo, sizes
-from .communicator import communicator_of
+from ._groups import group_of
+from .choice import sizes
 from .config import Config
 from .engine import Engine
-from .errors import EPArgumentError, EPError
+from .errors import EPArgumentError
 from .event import CompletionEvent, EventHandle, EventOverlap, behind, completions
+from .face import Face
 from .handle import EPHandle
 from .plans import Plan
 from .registry import register
@@ -21,16 +21,16 @@ from .requests import Requests, Tokens
 from .settings import Settings
 from .sizes import elastic_heap_bytes
 from .tickets import Flights
-from .traffic import Traffic
 
 PreviousEvent = EventHandle | EventOverlap | None
 
 
-class ElasticBuffer:
+class ElasticBuffer(Face):
     """Expert-parallel dispatch and combine with DeepEP's V2 interface.
 
     Args:
-        group: torch process group (any backend), an mpi4py communicator, or a deep_ep_py communicator.
+        group: torch process group (any backend) or its name, a DeviceMesh of one dimension (``mesh["ep"]``), an mpi4py
+            communicator, or a deep_ep_py communicator.
         num_bytes: heap to prepare, in bytes; None: from the three sizes below. It grows where that proves too small.
         num_max_tokens_per_rank, hidden, num_topk: M, H and K of the largest call, for the size of the heap; M also is
             the default of dispatch's argument.
@@ -38,7 +38,8 @@ class ElasticBuffer:
         allow_hybrid_mode: across domains, cross once for each domain and spread inside; else straight to each rank.
         allow_multiple_reduction: expanded combine may sum and round the slots of one rank first.
         prefer_overlap_with_compute: asynchronous calls leave a core to the computation; they always do here.
-        num_cpu_timeout_secs: deadline of every wait, in seconds; see ``Settings.timeout_seconds``.
+        num_cpu_timeout_secs: deadline of every wait, in seconds; None: ``Settings.timeout_seconds``, which is 300
+            unless the environment or ``settings`` says otherwise.
         backend: ``"auto"``, or a backend's exact name; default: ``DEEP_EP_PY_BACKEND``.
         settings: instead of those of the environment.
         num_cpu_bytes, deterministic (results always are), sl_idx, num_allocated_qps, num_gpu_timeout_secs,
@@ -69,14 +70,14 @@ class ElasticBuffer:
         prefer_overlap_with_compute: bool = True,
         sl_idx: int = 3,
         num_allocated_qps: int = 0,
-        num_cpu_timeout_secs: float = 300,
+        num_cpu_timeout_secs: float | None = None,
         num_gpu_timeout_secs: float = 100,
         explicitly_destroy: bool = False,
         *,
         backend: str | None = None,
         settings: Settings | None = None,
     ) -> None:
-        communicator = communicator_of(group)
+        communicator = self._communicator(group)
         refused: Exception | None = None
         chosen = settings or Settings()
         sizes = {"num_max_tokens_per_rank": 0, "hidden": 0, "num_topk": 0}
@@ -95,13 +96,11 @@ class ElasticBuffer:
                     sizes["num_topk"],
                     bool(use_fp8_dispatch),
                 )
-            # The argument's default does not override what the environment or the caller's settings say.
-            timeout = chosen.timeout_seconds if num_cpu_timeout_secs == 300 else float(num_cpu_timeout_secs)
+            timeout = chosen.timeout_seconds if num_cpu_timeout_secs is None else float(num_cpu_timeout_secs)
             if not timeout > 0:
                 raise EPArgumentError.of("num_cpu_timeout_secs", "a positive number of seconds", num_cpu_timeout_secs)
         except Exception as e:  # whatever it is: the peers must hear of it
             refused = e
-        self.group = group
         self.rank_idx, self.num_ranks = communicator.rank, communicator.size
         self.num_bytes = heap_bytes
         self.num_max_tokens_per_rank = sizes["num_max_tokens_per_rank"]
@@ -153,6 +152,7 @@ class ElasticBuffer:
         allow_multiple_reduction: bool = True,
     ) -> int:
         """Bytes of heap with which calls of up to this size never grow it; pass it as ``num_bytes``."""
+        group, _ = group_of(group)
         size = group.size() if callable(getattr(group, "size", None)) else group.size
         return elastic_heap_bytes(size, num_max_tokens_per_rank, hidden, num_topk, bool(use_fp8_dispatch))
 
@@ -166,10 +166,6 @@ class ElasticBuffer:
         """Return when every rank has called it. On a GPU it is the stream that waits, and the host only with
         ``with_cpu_sync``; on a CPU the host always does. The other arguments are accepted."""
         self._engine.barrier(host=bool(with_cpu_sync))
-
-    def get_comm_stream(self) -> Any:
-        """The communication stream: torch.cuda.Stream; on a CPU, torch's stand-in for one."""
-        return self._engine.comm_stream()
 
     def get_physical_domain_size(self) -> tuple[int, int]:
         """(scale-out ranks, scale-up ranks), by host or ``Settings.domain``."""
@@ -189,39 +185,6 @@ class ElasticBuffer:
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Queue pairs: none on shared memory; 1, so that programs may divide by it."""
         return 1
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor in this rank's heap: an expert that writes its output here spares combine a copy.
-
-        Args:
-            shape: any shape. dtype: any dtype.
-        """
-        return self._engine.empty(shape, dtype)
-
-    def backend_info(self) -> BackendInfo:
-        """Which backend carries the rows, and why others were refused."""
-        return self._engine.info
-
-    def last_traffic(self) -> Traffic | None:
-        """What this rank moved in its last dispatch or combine, by link, in bytes: :class:`.traffic.Traffic`."""
-        return self._engine.last_traffic()
-
-    def statistics(self) -> Any:
-        """Counters of this buffer: :class:`.backends.base.Statistics`."""
-        return self._engine.statistics()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ElasticBuffer:
-        """Itself: a buffer is this rank's end of a connection, which the copy of a module shares."""
-        return self
-
-    def __reduce__(self) -> Any:
-        raise EPError(
-            "an ElasticBuffer cannot be pickled: it belongs to its process; save a module's state_dict() instead"
-        )
-
-    def destroy(self) -> None:
-        """Give memory, threads and mappings back. Idempotent, not collective; what was returned stays valid."""
-        self._engine.close()
 
     def dispatch(
         self,

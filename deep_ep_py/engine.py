@@ -27,6 +27,8 @@ from .settings import Settings
 from .traffic import Traffic, combine_sizes, combine_traffic, dispatch_sizes, dispatch_traffic
 from .types import Combined, CombineSpec, Dispatched, DispatchSpec
 
+__all__ = ["Engine", "Refusal", "Statistics", "domain_sizes", "host_facts", "num_cores"]
+
 
 class Engine:
     """One buffer's engine. Construction is collective; every rank gets the same backend or the same error."""

@@ -31,6 +31,7 @@ LAYERS = (
         "layout",
         "communicator",
         "_board",
+        "_groups",
         "_rows",
         "_pairs",
         "_mpi",
@@ -42,7 +43,7 @@ LAYERS = (
     ("backends",),
     ("choice", "engine", "handle", "config", "validate", "sizes", "fp8"),
     ("requests", "registry", "tickets", "operators", "ops"),
-    ("buffer", "elastic", "autograd"),
+    ("face", "buffer", "elastic", "autograd"),
     ("nn",),
     ("compat", "_as_deep_ep", "run", "doctor", "scale_model", "scale_report", "__main__", "testing"),
     ("__init__",),
@@ -54,7 +55,7 @@ TWO_HOPS = {
     f"backends.{name}"
     for name in ("hybrid", "_staged", "_hops", "_hop_dispatch", "_hop_combine", "_pipeline", "_domains")
 }
-FACES = {"buffer", "elastic", "autograd"}
+FACES = {"face", "buffer", "elastic", "autograd"}
 MAY_PRINT = {"doctor", "scale_report", "__main__", "testing"}
 
 
