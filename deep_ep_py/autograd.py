@@ -26,6 +26,7 @@ from . import ops
 from .elastic import ElasticBuffer
 from .errors import EPArgumentError
 from .registry import buffer_of
+from .types import PlacementName
 
 Bias = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
@@ -113,6 +114,7 @@ def plan(
     expert_alignment: int = 1,
     num_max_tokens_per_rank: int | None = None,
     do_cpu_sync: bool = True,
+    placement: PlacementName = "contiguous",
 ) -> PlanHandle:
     """Exchange counts and learn where every row goes. No rows move, nothing is differentiable.
 
@@ -126,6 +128,7 @@ def plan(
         num_max_tokens_per_rank: M, at least T, equal on all ranks; default: the buffer's.
         do_cpu_sync: exact numbers of rows; else the worst case for M, valid rows first, zeros behind: sizes are then
             static for compilers. On a GPU the host waits for exact numbers, and only for those.
+        placement: which experts a rank owns, equal on all ranks; see :class:`.ExpertPlacement`.
 
     Raises:
         EPArgumentError, EPMismatchError: on every rank, nothing has moved, the buffer stays usable.
@@ -139,6 +142,7 @@ def plan(
         num_max_tokens_per_rank,
         bool(expand),
         bool(do_cpu_sync),
+        placement,
     )
     return _handle(found, topk_idx, buffer, expert_alignment, expand)
 
@@ -203,6 +207,7 @@ def plan_and_dispatch(
     expert_alignment: int = ...,
     num_max_tokens_per_rank: int | None = ...,
     do_cpu_sync: bool = ...,
+    placement: PlacementName = ...,
     async_finish: Literal[False] = ...,
 ) -> tuple[torch.Tensor, torch.Tensor | None, PlanHandle]: ...
 @overload
@@ -217,6 +222,7 @@ def plan_and_dispatch(
     expert_alignment: int = ...,
     num_max_tokens_per_rank: int | None = ...,
     do_cpu_sync: bool = ...,
+    placement: PlacementName = ...,
     async_finish: Literal[True],
 ) -> PendingPlanAndDispatch: ...
 def plan_and_dispatch(
@@ -230,6 +236,7 @@ def plan_and_dispatch(
     expert_alignment: int = 1,
     num_max_tokens_per_rank: int | None = None,
     do_cpu_sync: bool = True,
+    placement: PlacementName = "contiguous",
     async_finish: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, PlanHandle] | PendingPlanAndDispatch:
     """:func:`plan` and :func:`dispatch` in one rendezvous. Differentiable in ``x`` and ``topk_weights``.
@@ -241,7 +248,7 @@ def plan_and_dispatch(
     number = _number(buffer)
     found = ops.plan_dispatch(
         x, weights, topk_idx, number, num_experts, expert_alignment, num_max_tokens_per_rank, bool(expand),
-        bool(do_cpu_sync), bool(async_finish),
+        bool(do_cpu_sync), bool(async_finish), placement,
     )  # fmt: skip
     handle = _handle(found, topk_idx, buffer, expert_alignment, expand)
     if async_finish:

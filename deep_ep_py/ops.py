@@ -69,10 +69,10 @@ class _Shape(NamedTuple):
 
 def _routing(
     face: Any, rows: torch.Tensor, weights: Any, topk_idx: Any, num_experts: int, alignment: int, limit: int | None,
-    expand: bool, sync: bool,
+    expand: bool, sync: bool, placement: str,
 ) -> DispatchSpec:  # fmt: skip
     spec: DispatchSpec = face._requests.routing(
-        rows, topk_idx, weights, _WEIGHT_DTYPES, num_experts, limit, alignment, sync, expand
+        rows, topk_idx, weights, _WEIGHT_DTYPES, num_experts, limit, alignment, sync, expand, placement
     )
     spec.mask_weights, spec.zero_padding, spec.describe_rows = not expand, expand, expand
     spec.describe_sources = False
@@ -80,27 +80,29 @@ def _routing(
 
 
 def _plan(
-    topk_idx: torch.Tensor, buffer: int, num_experts: int, alignment: int, limit: int | None, expand: bool, sync: bool
-) -> Sequence[torch.Tensor]:
+    topk_idx: torch.Tensor, buffer: int, num_experts: int, alignment: int, limit: int | None, expand: bool, sync: bool,
+    placement: str,
+) -> Sequence[torch.Tensor]:  # fmt: skip
     face = buffer_of(buffer)
     with face._engine.refusing("dispatch"):
         device = face._engine.device
         rows = validate.tensor("topk_idx", topk_idx, device, torch.int64, (None, None))[:, :0]  # a plan moves no bytes
-        spec = _routing(face, rows, None, topk_idx, num_experts, alignment, limit, expand, sync)
+        spec = _routing(face, rows, None, topk_idx, num_experts, alignment, limit, expand, sync, placement)
     got, _ = face._engine.dispatch(spec, background=False, previous=())
     return [got.plan.remember(), got.recv_topk_idx, got.plan.copy_expert_counts()]
 
 
 def _plan_fake(
-    topk_idx: torch.Tensor, buffer: int, num_experts: int, alignment: int, limit: int | None, expand: bool, sync: bool
-) -> Sequence[torch.Tensor]:
+    topk_idx: torch.Tensor, buffer: int, num_experts: int, alignment: int, limit: int | None, expand: bool, sync: bool,
+    placement: str,
+) -> Sequence[torch.Tensor]:  # fmt: skip
     requests = buffer_of(buffer)._requests
     num_tokens, num_topk = topk_idx.shape
-    num_local = requests.num_local_experts(num_experts)
+    num_local = requests.num_local_experts(num_experts, placement)
     if sync:
         num_rows: Any = torch.library.get_ctx().new_dynamic_size()
     else:
-        num_rows = requests.worst_rows(num_experts, num_topk, alignment, limit, expand=expand)
+        num_rows = requests.worst_rows(num_experts, num_topk, alignment, limit, expand=expand, placement=placement)
     words: Any = plan_words(num_tokens, num_topk, requests.num_ranks, num_local)
     if requests.takes_two_hops:
         words = torch.library.get_ctx().new_dynamic_size()
@@ -221,31 +223,31 @@ def _dispatch_backward(ctx: Any, gradients: Gradients) -> Any:
 
 def _plan_dispatch(
     x: torch.Tensor, weights: torch.Tensor | None, topk_idx: torch.Tensor, buffer: int, num_experts: int,
-    alignment: int, limit: int | None, expand: bool, sync: bool, background: bool,
+    alignment: int, limit: int | None, expand: bool, sync: bool, background: bool, placement: str,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     face = buffer_of(buffer)
     with face._engine.refusing("dispatch"):
         rows, _ = validate.tokens(x, face._engine.device)
-        spec = _routing(face, rows, weights, topk_idx, num_experts, alignment, limit, expand, sync)
+        spec = _routing(face, rows, weights, topk_idx, num_experts, alignment, limit, expand, sync, placement)
     new, found = _delivered(face, spec, background, counted=True)
     return [*new, *found]
 
 
 def _plan_dispatch_fake(
     x: torch.Tensor, weights: torch.Tensor | None, topk_idx: torch.Tensor, buffer: int, num_experts: int,
-    alignment: int, limit: int | None, expand: bool, sync: bool, background: bool,
+    alignment: int, limit: int | None, expand: bool, sync: bool, background: bool, placement: str,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
-    plan = _plan_fake(topk_idx, buffer, num_experts, alignment, limit, expand, sync)
+    plan = _plan_fake(topk_idx, buffer, num_experts, alignment, limit, expand, sync, placement)
     return [*plan, *_dispatch_fake(x, weights, plan[0], buffer, plan[1].shape[0], expand, background)]
 
 
 def _save_plan_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, _, buffer, _, _, _, expand, _, background = inputs
+    x, weights, _, buffer, _, _, _, expand, _, background, _ = inputs
     _save_tokens(ctx, output[0], x, weights, buffer, output[1].shape[0], expand, background)
 
 
 def _plan_dispatch_backward(ctx: Any, gradients: Gradients) -> Any:
-    return *_undo_dispatch(ctx, gradients[3:]), None, None, None, None, None, None, None, None
+    return *_undo_dispatch(ctx, gradients[3:]), None, None, None, None, None, None, None, None, None
 
 
 # combine ------------------------------------------------------------------------------------------------------------
@@ -352,7 +354,7 @@ def _finish_backward(ctx: Any, gradients: Gradients) -> Any:
 
 plan = Operator(
     "plan",
-    "(Tensor topk_idx, int buffer, int num_experts, int alignment, int? limit, bool expand, bool sync)",
+    "(Tensor topk_idx, int buffer, int num_experts, int alignment, int? limit, bool expand, bool sync, str placement)",
     _plan,
     _plan_fake,
 )
@@ -367,7 +369,7 @@ dispatch = Operator(
 plan_dispatch = Operator(
     "plan_dispatch",
     "(Tensor x, Tensor? weights, Tensor topk_idx, int buffer, int num_experts, int alignment, int? limit, bool expand, "
-    "bool sync, bool background)",
+    "bool sync, bool background, str placement)",
     _plan_dispatch,
     _plan_dispatch_fake,
     _save_plan_dispatch,

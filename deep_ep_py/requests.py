@@ -11,7 +11,7 @@ from .errors import EPArgumentError
 from .handle import EPHandle, unpack_v1
 from .layout import worst_case_expanded_rows
 from .plans import Plan
-from .types import CombineSpec, DispatchSpec, ExpertPlacement
+from .types import PLACEMENTS, CombineSpec, DispatchSpec, ExpertPlacement
 
 #: No kernel wants more; and a slip of the pen must not allocate this many rows an expert.
 MAX_ALIGNMENT = 1 << 16
@@ -70,6 +70,7 @@ class Requests:
         expert_alignment: int | None,
         sync: bool,
         expand: bool,
+        placement: str = "contiguous",
     ) -> DispatchSpec:
         """A dispatch of ``rows`` [T, H], which are checked already, along a routing that is new."""
         num_tokens = rows.shape[0]
@@ -80,7 +81,7 @@ class Requests:
         if topk_weights is not None:
             shape = (num_tokens, num_topk)
             topk_weights = validate.floats("topk_weights", topk_weights, self._device, weight_dtypes, shape)
-        placement = self._placements.of(validate.whole("num_experts", num_experts, 1))
+        table = self._placements.of(validate.whole("num_experts", num_experts, 1), placement)
         given = self._num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank
         limit = validate.whole("num_max_tokens_per_rank", given, 0)
         if limit and num_tokens > limit:
@@ -95,7 +96,7 @@ class Requests:
             layout="expand" if expand else "topk",
             topk_idx=topk_idx,
             topk_weights=topk_weights,
-            placement=placement,
+            placement=table,
             expert_alignment=1
             if expert_alignment is None
             else validate.whole("expert_alignment", expert_alignment, 1, MAX_ALIGNMENT),
@@ -103,7 +104,7 @@ class Requests:
         )
         if not sync:
             spec.num_worst_tokens = self.worst_rows(
-                placement.num_experts, num_topk, spec.expert_alignment, limit, expand=expand
+                table.num_experts, num_topk, spec.expert_alignment, limit, expand=expand, placement=placement
             )
         return spec
 
@@ -208,34 +209,44 @@ class Requests:
         """Plans then have a second part, as long as the tokens that this rank relays."""
         return self._num_hops > 1
 
-    def num_local_experts(self, num_experts: int) -> int:
+    def num_local_experts(self, num_experts: int, placement: str = "contiguous") -> int:
         """Experts of this rank. No tables are built: fake kernels ask for it, in whose mode tensors have no data."""
-        return ExpertPlacement.contiguous_shares(num_experts, self.num_ranks)[self._rank]
+        return ExpertPlacement.shares(num_experts, self.num_ranks, placement)[self._rank]
 
     def worst_rows(
-        self, num_experts: int, num_topk: int, alignment: int, num_max_tokens_per_rank: int | None, *, expand: bool
+        self,
+        num_experts: int,
+        num_topk: int,
+        alignment: int,
+        num_max_tokens_per_rank: int | None,
+        *,
+        expand: bool,
+        placement: str = "contiguous",
     ) -> int:
         """Rows that hold for any routing."""
         limit = self._num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank
         if not expand:
             return self.num_ranks * limit
-        local = self.num_local_experts(num_experts)
+        local = self.num_local_experts(num_experts, placement)
         return worst_case_expanded_rows(self.num_ranks, limit, num_topk, local, alignment)
 
 
 class Placements:
-    """Where experts live, by their number; made once."""
+    """Where experts live, by their number and the name of the placement; made once."""
 
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
-        self._made: dict[int, ExpertPlacement] = {}
+        self._made: dict[tuple[int, str], ExpertPlacement] = {}
         self._ranks_on_device: dict[int, torch.Tensor] = {}
 
-    def of(self, num_experts: int) -> ExpertPlacement:
-        placement = self._made.get(num_experts)
-        if placement is None:
-            placement = self._made[num_experts] = ExpertPlacement.contiguous(num_experts, self._num_ranks)
-        return placement
+    def of(self, num_experts: int, placement: str = "contiguous") -> ExpertPlacement:
+        """Raises EPArgumentError: no placement has that name."""
+        table = self._made.get((num_experts, placement))
+        if table is None:
+            if placement not in PLACEMENTS:
+                raise EPArgumentError.of("placement", " or ".join(map(repr, PLACEMENTS)), repr(placement))
+            table = self._made[num_experts, placement] = ExpertPlacement.of(num_experts, self._num_ranks, placement)
+        return table
 
     def ranks_on(self, device: torch.device, num_experts: int) -> torch.Tensor:
         """[E] int32, the rank of each expert. Always asked for the same device; the first time it is copied there."""

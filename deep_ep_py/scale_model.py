@@ -123,7 +123,7 @@ class Counts:
 def count(routing: Iterable[NDArray[np.integer]], cluster: Cluster, num_experts: int) -> Counts:
     """Count a routing: by rank, top-k ids [T, K] of any integer dtype, -1 for none."""
     num_ranks, num_nodes, node_of = cluster.num_ranks, len(cluster.nodes), cluster.node_of
-    owner = np.repeat(np.arange(num_ranks), ExpertPlacement.contiguous_shares(num_experts, num_ranks))
+    owner = np.repeat(np.arange(num_ranks), ExpertPlacement.shares(num_experts, num_ranks))
     owner = np.append(owner, -1)  # where an id of -1 looks
     tokens = np.zeros(num_ranks, dtype=np.int64)
     to_rank, slots = (np.zeros((num_ranks, num_ranks), dtype=np.int64) for _ in range(2))

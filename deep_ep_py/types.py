@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
@@ -10,10 +11,17 @@ from .plans import Plan, PlanLayout
 
 topk_idx_t = torch.int64
 
+PlacementName = Literal["contiguous", "chunked"]
+PLACEMENTS: tuple[PlacementName, ...] = get_args(PlacementName)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertPlacement:
     """Where each expert lives. Tables, not arithmetic: nothing divides by "experts per rank".
+
+    Experts lie in order over ranks. ``"contiguous"``: the first E mod R ranks own one more than the others.
+    ``"chunked"``: each rank owns ceil(E / R) as long as there are any, so the last ranks own fewer or none; that is how
+    ``torch.chunk`` and a DTensor of ``Shard(0)`` split E rows.
 
     Attributes:
         rank: [E] int32, the rank that owns each expert.
@@ -30,15 +38,18 @@ class ExpertPlacement:
         return self.rank.numel()
 
     @staticmethod
-    def contiguous_shares(num_experts: int, num_ranks: int) -> tuple[int, ...]:
-        """``num_local`` of :meth:`contiguous`."""
+    def shares(num_experts: int, num_ranks: int, placement: str = "contiguous") -> tuple[int, ...]:
+        """``num_local`` of :meth:`of`."""
         share, more = divmod(num_experts, num_ranks)
-        return tuple(share + (r < more) for r in range(num_ranks))
+        if placement == "contiguous":
+            return tuple(share + (r < more) for r in range(num_ranks))
+        chunk = share + (more > 0)
+        return tuple(max(0, min(chunk, num_experts - r * chunk)) for r in range(num_ranks))
 
     @classmethod
-    def contiguous(cls, num_experts: int, num_ranks: int) -> ExpertPlacement:
-        """Experts in order over ranks; the first ``num_experts % num_ranks`` ranks own one more."""
-        num_local = cls.contiguous_shares(num_experts, num_ranks)
+    def of(cls, num_experts: int, num_ranks: int, placement: str = "contiguous") -> ExpertPlacement:
+        """The placement of that name: one of ``PLACEMENTS``."""
+        num_local = cls.shares(num_experts, num_ranks, placement)
         rank = [r for r in range(num_ranks) for _ in range(num_local[r])]
         local = [i for n in num_local for i in range(n)]
         as_int32 = {"dtype": torch.int32, "device": "cpu"}

@@ -60,7 +60,7 @@ class Routing:
 
     @property
     def placement(self):
-        return ExpertPlacement.contiguous(self.num_experts, self.num_ranks)
+        return ExpertPlacement.of(self.num_experts, self.num_ranks)
 
 
 ROUTINGS = [

@@ -30,9 +30,9 @@ def test_opcheck(expand):
     # No two plans are equal, be their routings so: a number tells them apart. Hence nothing that compares two runs.
     once = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
     for sync in (True, False):
-        check(ops.plan.default, (idx, n, 3, 2, None, expand, sync), **once)
+        check(ops.plan.default, (idx, n, 3, 2, None, expand, sync, "chunked"), **once)
         for w in (weights, None):
-            check(ops.plan_dispatch.default, (x, w, idx, n, 3, 2, 6, expand, sync, False), **once)
+            check(ops.plan_dispatch.default, (x, w, idx, n, 3, 2, 6, expand, sync, False, "chunked"), **once)
         plan = ep.plan(idx, buffer, 3, expand=expand, expert_alignment=2, do_cpu_sync=sync)
         y = torch.randn(plan.num_rows, 5, dtype=torch.float64, requires_grad=True)
         at_rows = torch.randn(plan.num_rows, 2, dtype=torch.float64)[:, : 1 if expand else 2].squeeze(1)

@@ -123,7 +123,7 @@ def test_other_operation(world):
         ("topk_weights bytes", {"topk_weights": None}),
         ("layout", {"layout": "expand"}),
         ("num_topk", {"topk_idx": torch.zeros(3, 2, dtype=torch.int64), "topk_weights": torch.zeros(3, 2)}),
-        ("num_experts", {"placement": ExpertPlacement.contiguous(8, 3)}),
+        ("num_experts", {"placement": ExpertPlacement.of(8, 3)}),
         ("expert_alignment", {"expert_alignment": 16}),
         ("num_max_tokens_per_rank", {"num_max_tokens_per_rank": 99}),
     ],

@@ -53,7 +53,7 @@ def call_of(fn, **keywords):
 def v2_refuses(comm, backend):
     buffer = ElasticBuffer(comm, backend=backend, settings=Settings(timeout_seconds=20))
     x, idx, w = routing(comm.rank)
-    stats = torch.zeros(ExpertPlacement.contiguous_shares(E, 2)[comm.rank], dtype=torch.int32)
+    stats = torch.zeros(ExpertPlacement.shares(E, 2)[comm.rank], dtype=torch.int32)
 
     def dispatch(sf=None, **more):
         x = more.pop("x")
@@ -110,7 +110,7 @@ def test_refused_on_every_rank(face, backend):
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "num_ranks"), [(0, 3, 2), (31, 7, 3), (64, 2, 5), (9, 1, 1)])
 def test_layout_on_device(num_tokens, num_experts, num_ranks):
-    placement = ExpertPlacement.contiguous(num_experts, num_ranks)
+    placement = ExpertPlacement.of(num_experts, num_ranks)
     idx = torch.randint(-1, num_experts, (num_tokens, 4), generator=torch.Generator().manual_seed(num_tokens))
     want = layout.dispatch_layout(idx, placement, num_ranks)
     wild = torch.where(idx < 0, torch.tensor([-1, num_experts, -(10**12), 10**12]), idx)

@@ -38,7 +38,7 @@ class GroupedExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        num_local = ExpertPlacement.contiguous(num_experts, num_ranks).num_local
+        num_local = ExpertPlacement.shares(num_experts, num_ranks)
         first = sum(num_local[:rank])
         self.owned = range(first, first + num_local[rank])
         self.num_experts = num_experts

@@ -63,7 +63,7 @@ def round_trip(group: Any, settings: Settings) -> Outcome:
         # Small whole numbers: sums are exact, so that the results can be compared bit by bit.
         tokens = torch.randint(-4, 5, (ranks, TOKENS, HIDDEN), generator=seeded, dtype=torch.int8).to(torch.bfloat16)
         topk_idx = torch.rand((ranks, TOKENS, EXPERTS), generator=seeded).topk(TOPK).indices
-        owner = ExpertPlacement.contiguous(EXPERTS, ranks).rank[topk_idx]
+        owner = ExpertPlacement.of(EXPERTS, ranks).rank[topk_idx]
         in_rank = torch.stack([(owner == r).any(-1) for r in range(ranks)], dim=-1)
         times, wrong = [], ""
         for _ in range(REPEATS):
