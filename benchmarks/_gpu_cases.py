@@ -24,7 +24,7 @@ def cases(num_ranks: int) -> list[Any]:
         Case(tokens, hidden=7168, num_experts=16, dtype=torch.float8_e4m3fn, sf="f32", num_scales=56),
         Case(tokens, hidden=33, num_experts=23, dtype=torch.float32, routing="distinct"),
         Case(tokens, num_topk=16, num_experts=7, routing="duplicates", expert_alignment=8),
-        Case(tokens, num_topk=40, num_experts=64, hidden=7, dtype=torch.float16, strided=True),
+        Case(tokens, num_topk=40, num_experts=64, hidden=7, dtype=torch.float16, gaps="elements"),
     ]
 
 

@@ -32,13 +32,14 @@ CASES = (
     Case((14, 15, 16), hidden=33, dtype=torch.float32, routing="distinct"),
     Case((14, 15, 16), hidden=33, dtype=torch.float64, routing="distinct"),
     Case((20, 21), hidden=128, dtype=torch.float8_e4m3fn, sf="f32", num_scales=1),
-    Case((20, 21), hidden=512, dtype=torch.float8_e4m3fn, sf="i32", num_scales=3, strided=True),
+    Case((20, 21), hidden=512, dtype=torch.float8_e4m3fn, sf="i32", num_scales=3, gaps="elements"),
     Case((20, 21), hidden=65, dtype=torch.float8_e5m2),
     Case((20, 21), hidden=3, dtype=torch.uint8),
     Case((20, 21), hidden=5, dtype=torch.int32),
     Case((20, 21), hidden=7, dtype=torch.bool),
-    Case((18, 19, 20), hidden=40, strided=True),
-    Case((18, 19, 20), hidden=40, dtype=torch.float32, strided=True, seed=1),
+    Case((20, 21), hidden=512, dtype=torch.float8_e4m3fn, sf="f32", num_scales=3, gaps="rows"),
+    Case((18, 19, 20), hidden=40, gaps="elements"),
+    Case((18, 19, 20), hidden=40, dtype=torch.float32, gaps="rows", seed=1),
 )
 IN_PROCESSES = (CASES[2], CASES[4], CASES[6], CASES[8], CASES[11], CASES[14], CASES[17])
 

@@ -25,7 +25,7 @@ CASES = (
     Case((25, 26), num_topk=16, num_experts=7, routing="duplicates", expert_alignment=8),
     Case((25, 26), num_topk=3, num_experts=7, routing="duplicates", expert_alignment=8),
     Case((14, 15, 16), hidden=33, dtype=torch.float32, routing="distinct"),
-    Case((20, 21), hidden=512, dtype=torch.float8_e4m3fn, sf="i32", num_scales=3, strided=True),
+    Case((20, 21), hidden=512, dtype=torch.float8_e4m3fn, sf="i32", num_scales=3, gaps="rows"),
 )
 #: Run compact and expanded, with counts.
 MORE_CASES = (
@@ -40,8 +40,9 @@ MORE_CASES = (
     Case((20, 21), hidden=3, dtype=torch.uint8),
     Case((20, 21), hidden=5, dtype=torch.int32),
     Case((20, 21), hidden=7, dtype=torch.bool),
-    Case((18, 19, 20), hidden=40, strided=True),
-    Case((18, 19, 20), hidden=40, dtype=torch.float32, strided=True, seed=1),
+    Case((20, 21), hidden=512, dtype=torch.float8_e4m3fn, sf="f32", num_scales=3, gaps="elements"),
+    Case((18, 19, 20), hidden=40, gaps="elements"),
+    Case((18, 19, 20), hidden=40, dtype=torch.float32, gaps="rows", seed=1),
 )
 ROUND_TRIPS = tuple((case, mode) for case in CASES for mode in MODES if v2.fits(case, mode))
 # What processes add to threads is how memory is shared, waited for and left: every mode on a few cases shows it.

@@ -35,7 +35,7 @@ cases = st.builds(
     ),
     sf=st.sampled_from(["", "f32", "i32"]),
     num_scales=st.integers(1, 4),
-    strided=st.booleans(),
+    gaps=st.sampled_from(["", "elements", "rows"]),
     expert_alignment=st.integers(1, 9),
     seed=st.integers(0, 1000),
 )

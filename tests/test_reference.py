@@ -19,7 +19,7 @@ CASES = (
     Case((4, 3, 2, 1), hidden=2, num_topk=2, num_experts=2, dtype=torch.float64),
     Case((2, 3), hidden=2, routing="none"),
     Case((0, 0), hidden=2),
-    Case((5, 4), hidden=3, routing="one_expert", strided=True),
+    Case((5, 4), hidden=3, routing="one_expert", gaps="elements"),
 )
 
 # The second implementation: shares no code with the oracle, one Python scalar at a time ------------------------------

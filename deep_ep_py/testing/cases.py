@@ -44,6 +44,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Routing = Literal["distinct", "masked", "duplicates", "one_expert", "none"]
+Gaps = Literal["", "elements", "rows"]
 SCALES = {"f32": torch.float32, "i32": torch.int32}
 
 
@@ -74,7 +75,8 @@ class Case:
             is -1; ``none``: all -1. Where K > E, ``distinct`` leaves -1 in K - E slots.
         dtype: of x. y and bias have it too where it can be added up, else bfloat16.
         sf: "" or the scale factors' dtype, a key of ``SCALES``; ``num_scales`` of them per row.
-        strided: every input is a non-contiguous view.
+        gaps: "" for contiguous inputs; ``elements``: every input is a view with gaps between elements and between rows;
+            ``rows``: a view whose rows are dense, with gaps between them, which reaches the backends without a copy.
     """
 
     num_tokens: tuple[int, ...]
@@ -85,7 +87,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     sf: str = ""
     num_scales: int = 3
-    strided: bool = False
+    gaps: Gaps = ""
     expert_alignment: int = 1
     seed: int = 0
 
@@ -109,7 +111,7 @@ class Case:
         words = [f"R{self.num_ranks}", f"T{tokens}", f"H{self.hidden}", f"K{self.num_topk}", f"E{self.num_experts}"]
         words += [self.routing, str(self.dtype).removeprefix("torch.")]
         words += [f"sf_{self.sf}x{self.num_scales}"] if self.sf else []
-        words += ["strided"] if self.strided else []
+        words += [f"gaps_{self.gaps}"] if self.gaps else []
         words += [f"align{self.expert_alignment}"] if self.expert_alignment != 1 else []
         words += [f"seed{self.seed}"] if self.seed else []
         return "-".join(words)
@@ -139,7 +141,7 @@ def make_rows(case: Case, rank: int, num_rows: int, *, salt: int = 0) -> Tensor:
     """[num_rows, H] of ``case.row_dtype``: what ``rank`` hands to combine; see :func:`order_sensitive`."""
     generator = _generator(case, rank, 1000 + salt)
     rows = order_sensitive((num_rows, case.hidden), case.row_dtype, generator)
-    return _strided(rows) if case.strided else rows
+    return with_gaps(rows, case.gaps)
 
 
 def make_weights(case: Case, rank: int, shape: Sequence[int], *, salt: int = 0) -> Tensor:
@@ -196,19 +198,25 @@ def _inputs_of_rank(case: Case, rank: int) -> Inputs:
     sf = random_payload((num_tokens, case.num_scales), SCALES[case.sf], generator) if case.sf else None
     weights = torch.rand((num_tokens, case.num_topk), generator=generator, dtype=torch.float32, device="cpu") + 0.5
     bias = [order_sensitive((num_tokens, case.hidden), case.row_dtype, generator) for _ in range(2)]
-    if case.strided:
-        x, topk_idx, weights = _strided(x), _strided(topk_idx), _strided(weights)
-        sf = None if sf is None else sf.t().contiguous().t()  # column-major, as quantisation kernels leave it
-        bias = [_strided(b) for b in bias]
+    x, topk_idx, weights, *bias = (with_gaps(t, case.gaps) for t in (x, topk_idx, weights, *bias))
+    if sf is not None:  # quantisation kernels leave them column-major
+        sf = sf.t().contiguous().t() if case.gaps == "elements" else with_gaps(sf, case.gaps)
     return Inputs(x, sf, topk_idx, weights, (bias[0], bias[1]))
 
 
-def _strided(x: Tensor) -> Tensor:
-    """The same values as a view with gaps between elements and between rows."""
-    raw = x.view(torch.uint8) if x.dtype.itemsize == 1 else x
-    base = torch.zeros((2 * x.shape[0], 2 * x.shape[1]), dtype=raw.dtype, device="cpu")
-    base[::2, 1::2] = raw
-    return base.view(x.dtype)[::2, 1::2]
+def with_gaps(x: Tensor, gaps: Gaps) -> Tensor:
+    """The values of ``x`` [N, W] as a view of another tensor, whose other elements have all bits set; see
+    :class:`Case`."""
+    if not gaps:
+        return x
+    (num_rows, width), step = x.shape, 2 if gaps == "elements" else 1
+    rows, columns = slice(None, None, 2), slice(1, 1 + step * width, step)
+    num_bytes = (2 * num_rows, (step * width + 3) * x.dtype.itemsize)
+    base = torch.full(num_bytes, 255, dtype=torch.uint8, device="cpu").view(x.dtype)
+    # As bytes: not every dtype of eight bits can be assigned to an index.
+    written, values = (t.view(torch.uint8) if x.dtype.itemsize == 1 else t for t in (base, x))
+    written[rows, columns] = values
+    return base[rows, columns]
 
 
 def _generator(case: Case, rank: int, salt: int) -> torch.Generator:
