@@ -74,7 +74,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", "--smoke", action="store_true", help="small shapes, seconds; needs torch only")
     parser.add_argument("--json", metavar="FILE", help="write the record")
     parser.add_argument("--plot", metavar="FILE.png", help="write a chart (needs matplotlib)")
-    parser.add_argument("--markdown", metavar="FILE.json", help="print the tables of a record and do nothing else")
+    parser.add_argument(
+        "--markdown",
+        metavar="FILE.json",
+        help="print the tables of a record (with --plot, draw its shapes of --tokens) and do nothing else",
+    )
     options = parser.parse_args(argv)
     defaults: dict[str, Any] = {"tokens": [4096, 128], "hidden": 7168, "experts": 256, "rounds": 0, "mpi": "auto"}
     if options.quick:
@@ -159,7 +163,12 @@ def main() -> None:
     from harness import report
 
     if options.markdown:
-        print(report.markdown(json.loads(Path(options.markdown).read_text(encoding="utf-8"))))
+        record = json.loads(Path(options.markdown).read_text(encoding="utf-8"))
+        print(report.markdown(record))
+        if options.plot:
+            from harness.plot import plot
+
+            plot(record | {"shapes": [s for s in record["shapes"] if s["num_tokens"] in options.tokens]}, options.plot)
         return
     if "RANK" not in os.environ:
         raise SystemExit(f"run it by torchrun: torchrun --standalone --nproc-per-node 2 {sys.argv[0]}")

@@ -1,6 +1,7 @@
 """What the autograd ops cost over plain ElasticBuffer calls, and where it goes. One process, one rank, a tiny shape.
 
     python benchmarks/bench_op_path.py --json out.json
+    python benchmarks/bench_op_path.py --markdown out.json
 
 Nothing waits for a peer and next to nothing is copied, so that what is left is the way there. Every call is measured in
 rounds, all of them in turn; a figure is the median over rounds, an addition the median of differences inside a round.
@@ -212,26 +213,6 @@ def measure(cases: Cases, rounds: int, iterations: int) -> dict[str, Any]:
     }
 
 
-def table(record: dict[str, Any]) -> str:
-    lines = []
-    width = 60
-    for layout, found in record["layouts"].items():
-        lines += ["", f"{layout} rows, µs a call".ljust(width) + "    wall  (added)    thread  (added)"]
-        for title, rows in found["groups"].items():
-            for name, row in rows.items():
-                label = title if name == "plain" else f"  {name}"
-                added = [f"({row[k]:+.1f})" if k in row else "" for k in ("added_wall_us", "added_thread_us")]
-                lines.append(
-                    f"{label.ljust(width)}{row['wall_us']:8.1f} {added[0]:>8}  {row['thread_us']:8.1f} {added[1]:>8}"
-                )
-        lines.append("parts of a cached dispatch")
-        lines += [
-            f"  {name}".ljust(width) + f"{row['wall_us']:8.1f} {'':8}  {row['thread_us']:8.1f}"
-            for name, row in found["parts"].items()
-        ]
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=8)
@@ -242,25 +223,27 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=200, help="calls in a round")
     parser.add_argument("--quick", "--smoke", action="store_true", help="few calls, a second")
     parser.add_argument("--json", metavar="FILE", help="write the record")
+    parser.add_argument("--markdown", metavar="FILE.json", help="print the table of a record and do nothing else")
     options = parser.parse_args()
+    from harness import machine, op_path_report
+
+    if options.markdown:
+        print(op_path_report.markdown(json.loads(Path(options.markdown).read_text(encoding="utf-8"))))
+        return
     if options.quick:
         options.rounds, options.iterations = 3, 20
-    from harness import machine
 
     torch.set_num_threads(1)
     shape = options.tokens, options.hidden, options.experts, options.topk
     record: dict[str, Any] = {
         "format": 1,
         "machine": machine.facts(num_cores()),
-        "options": vars(options),
+        "options": {k: v for k, v in vars(options).items() if k not in ("json", "markdown")},
         "layouts": {},
     }
     for layout, expand in (("compact", False), ("expanded", True)):
         record["layouts"][layout] = measure(Cases(*shape, expand), options.rounds, options.iterations)
-    m = record["machine"]
-    print(f"{m['date']} · {m['cpu']}, {m['cores']} cores · {m['machine']} · torch {m['torch']}, Python {m['python']}")
-    print(f"T={shape[0]}, hidden {shape[1]}, {shape[2]} experts, top-{shape[3]}, float32, one rank")
-    print(table(record))
+    print(op_path_report.text(record))
     if options.json:
         Path(options.json).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The table on stdout, and the same as Markdown for a README, from the JSON record. Imports no torch."""
+"""The tables of a JSON record, as plain text and as Markdown. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,32 @@ def text(record: dict[str, Any]) -> str:
 def markdown(record: dict[str, Any]) -> str:
     """The same tables in Markdown."""
     return "\n".join(_lines(record, _markdown_table, bold="**"))
+
+
+def figures(record: dict[str, Any]) -> str:
+    """A few rows and columns for a first look, in Markdown: V2's compact rows beside gloo and MPI."""
+    machine, run, first = record["machine"], record["run"], record["shapes"][0]
+    rows = [
+        [
+            f"T={shape['num_tokens']}: {row['operation']}",
+            f"{_ms(row['median_ms'])} ms",
+            *(_beside(row.get(peer)) for peer in ("gloo", "mpi")),
+            f"{row['percent_of_copy_floor']['median']:.0f} %",
+        ]
+        for shape in record["shapes"]
+        for row in shape["rows"]
+        if row["mode"] == "V2 compact bf16" and (shape is first or row["operation"] != "combine, y copied")
+    ]
+    where = (
+        f"{run['ranks']} ranks on {machine['cores']} cores of one {machine['cpu']}, {machine['date'][:10]}; hidden "
+        f"{first['hidden']}, {first['num_experts']} experts, top-{first['num_topk']}, bf16; T tokens a rank."
+    )
+    columns = ("operation", "deep_ep_py", "gloo with permutes", "MPI `Alltoallv`, bytes only", "of the copy floor")
+    return "\n".join([where, "", *_markdown_table(columns, rows)])
+
+
+def _beside(peer: dict[str, Any] | None) -> str:
+    return f"{_ms(peer['median_ms'])} ms ({peer['ratio']['median']:.1f}×)" if peer else "–"
 
 
 def _lines(record: dict[str, Any], table: Any, bold: str) -> Iterator[str]:

@@ -80,12 +80,60 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(_lines(record, _markdown_table))
 
 
-def _lines(record: dict[str, Any], table: Any) -> Iterator[str]:
+def figures(record: dict[str, Any]) -> str:
+    """One row for each cell, in Markdown, and the rows that cross."""
+    return "\n".join(_figures(record))
+
+
+def _figures(record: dict[str, Any]) -> Iterator[str]:
+    yield _where(record)
+    columns = (
+        "link, T, routing", "dispatch / combine ms", "flat / two hops", "plain / two hops",
+        "% of link, rows (frames): dispatch, combine",
+    )  # fmt: skip
+    for world in record["worlds"]:
+        shape = world["shape"]
+        title = f"{_hosts(world)} ranks, hidden {shape['hidden']}, top-{shape['num_topk']} of {shape['num_experts']}"
+        yield from ("", title, "")
+        yield from _markdown_table(columns, [_short(cell) for cell in world["cells"]])
+        yield from ("", "Rows that cross to other hosts, per token", "")
+        yield from _markdown_table(*_crossings(world))
+
+
+def _short(cell: dict[str, Any]) -> list[str]:
+    rows = {(row["contender"], row["operation"]): row for row in cell["rows"]}
+    own = [rows[_BASE, operation] for operation in ("dispatch", "combine")]
+    links = [
+        f"{row['percent_of_link_rows']:.0f} ({row['percent_of_link_frames']:.0f})"
+        for row in own
+        if row["percent_of_link_rows"] is not None
+    ]
+    return [
+        f"{cell['rate']}, {cell['tokens']}, {cell['routing']}",
+        " / ".join(_ms(row["median_ms"]) for row in own),
+        *(_ratio(rows[name, "pair"]["ratio"]) for name in ("flat", "plain")),
+        ", ".join(links) or "–",
+    ]
+
+
+def _where(record: dict[str, Any]) -> str:
     machine = record["machine"]
-    yield (
+    return (
         f"{machine['date']} · {machine['cpu']}, {machine['cores']} cores for all ranks of all hosts, "
         f"{machine['memory_gib']} GiB · {machine['kernel']} · torch {machine['torch']}"
     )
+
+
+def _hosts(world: dict[str, Any]) -> str:
+    return "+".join(map(str, world["ranks_by_host"]))
+
+
+def _ratio(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['min']:.2f}–{spread['max']:.2f})"
+
+
+def _lines(record: dict[str, Any], table: Any) -> Iterator[str]:
+    yield _where(record)
     for world in record["worlds"]:
         for cell in world["cells"]:
             yield from ("", _title(world, cell), "")
@@ -97,16 +145,14 @@ def _lines(record: dict[str, Any], table: Any) -> Iterator[str]:
 def _title(world: dict[str, Any], cell: dict[str, Any]) -> str:
     shape, rounds = world["shape"], len(cell["seconds"][_BASE]["dispatch"])
     return (
-        f"{'+'.join(map(str, world['ranks_by_host']))} ranks, link {cell['rate']}, T={cell['tokens']}, hidden "
+        f"{_hosts(world)} ranks, link {cell['rate']}, T={cell['tokens']}, hidden "
         f"{shape['hidden']}, top-{shape['num_topk']} of {shape['num_experts']}, routing {cell['routing']}: {rounds} "
         f"rounds of {cell['iterations']}, load average before {cell['load_average']:.1f}"
     )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    ratio = row["ratio"]
-    own = row["contender"] == _BASE
-    last = "" if own else f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+    last = "" if row["contender"] == _BASE else _ratio(row["ratio"])
     cells = [f"{row['operation']}: {row['contender']}", _ms(row["median_ms"])]
     if row["operation"] == "pair":
         return [*cells, *[""] * (len(COLUMNS) - 3), last]
