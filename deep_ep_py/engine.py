@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends._routing import on_host
 from .backends.base import Backend, Statistics
@@ -26,6 +27,7 @@ from .plans import Plan
 from .settings import Settings
 from .traffic import Traffic, combine_sizes, combine_traffic, dispatch_sizes, dispatch_traffic
 from .types import Combined, CombineSpec, Dispatched, DispatchSpec
+from .validate import is_tracing
 
 __all__ = ["Engine", "Refusal", "Statistics", "domain_sizes", "host_facts", "num_cores"]
 
@@ -187,15 +189,27 @@ class Refusal:
         self._op = op
 
     def __enter__(self) -> None:
-        return None
+        if _transforms_active() or (_num_modes() and is_tracing(torch._C._TorchDispatchModeKey.FAKE)):
+            error = EPArgumentError(
+                f"{self._op}: a buffer's methods do not run under FakeTensorMode or inside a transform of torch.func, "
+                "where tensors have no memory of their own; call them outside, or under FakeTensorMode use "
+                "deep_ep_py.dispatch and deep_ep_py.combine",
+                op=self._op,
+            )
+            self.__exit__(type(error), error, None)
+            raise error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
             text = str(error) if isinstance(error, EPError) else f"{type(error).__name__}: {error}"
-            with self._lock:
+            with self._lock, _disable_current_modes(), torch._C._DisableFuncTorch():
                 self._backend.fail(self._op, text)
+
+
+_num_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def host_facts() -> dict[str, str]:

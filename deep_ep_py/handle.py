@@ -10,6 +10,7 @@ from . import _C
 from .errors import EPArgumentError
 from .layout import align, target_ranks, target_rows
 from .plans import Plan, plan_words
+from .validate import plain
 
 #: What ``send_head`` of a V1 handle on a GPU carries as an attribute.
 _PLAN = "_deep_ep_plan"
@@ -201,9 +202,10 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int, device: torch.device) -> P
             captured, made of copies.
     """
     if isinstance(handle, tuple | list) and len(handle) == 10 and torch.is_tensor(handle[-1]):
-        if handle[-1].device != device:
-            raise EPArgumentError.of("handle", f"tensors on {device}", f"tensors on {handle[-1].device}")
-        plan = Plan.of(handle[-1])
+        packed = plain("handle (plan)", handle[-1])
+        if packed.device != device:
+            raise EPArgumentError.of("handle", f"tensors on {device}", f"tensors on {packed.device}")
+        plan = Plan.of(packed)
         if plan.num_ranks != num_ranks or plan.rank != rank or plan.layout != "rank":
             made = f"rank {plan.rank} of {plan.num_ranks}"
             raise EPArgumentError.of("handle", f"one made by rank {rank} of {num_ranks}", f"one made by {made}")
@@ -213,6 +215,8 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int, device: torch.device) -> P
     if not isinstance(handle, tuple | list) or len(handle) != 6 or not all(torch.is_tensor(t) for t in handle):
         raise EPArgumentError.of("handle", "the tuple that dispatch returned", f"{type(handle).__name__}")
     prefix, _, _, recv_src_idx, is_token_in_rank, send_head = handle
+    prefix, send_head = plain("handle (rank_prefix_matrix)", prefix), plain("handle (send_head)", send_head)
+    recv_src_idx = plain("handle (recv_src_idx)", recv_src_idx)
     if prefix.shape != (num_ranks, num_ranks) or send_head.shape != is_token_in_rank.shape:
         raise EPArgumentError.of(
             "handle", f"a handle of a dispatch over {num_ranks} ranks", f"one over {tuple(prefix.shape)}"

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .validate import is_tracing, is_usable
+
 Kernel = Callable[..., Sequence[torch.Tensor]]
 
 NAMESPACE = "deep_ep_py"
@@ -25,7 +27,9 @@ class Operator:
             inputs``; None: not differentiable.
 
     In an eager call without modes in between, the kernel or an autograd function made of the same parts is called
-    directly: passing the dispatcher costs as much as the rest of a small call (docs/architecture.md has figures).
+    directly: passing the dispatcher costs as much as the rest of a small call (docs/architecture.md has figures). So is
+    it with a tensor of a class that operations of torch are sent to: the kernel waits for the result of a functional
+    collective, and refuses others, on every rank. The dispatcher would send such a call elsewhere, on this rank alone.
     """
 
     def __init__(
@@ -56,9 +60,7 @@ class Operator:
         torch.fx.node.has_side_effect(self._operator)
 
     def __call__(self, *arguments: Any) -> Sequence[torch.Tensor]:
-        first = arguments[0]
-        watched = torch.compiler.is_compiling() or _num_modes() or _transforms_active()
-        if watched or (type(first) not in _PLAIN and isinstance(first, torch.Tensor)):
+        if torch.compiler.is_compiling() or _transforms_active() or (_num_modes() and self._is_dispatched(arguments)):
             return self._operator(*arguments)  # type: ignore[no-any-return]
         if self._apply is not None and torch.is_grad_enabled():
             n = self._num_tensors
@@ -67,8 +69,12 @@ class Operator:
                     return self._apply(*arguments[:n], arguments[n:])  # type: ignore[no-any-return]
         return self._kernel(*arguments)
 
+    def _is_dispatched(self, arguments: tuple[Any, ...]) -> bool:
+        """Whether modes see this call: they trace it, or its tensors are such as the kernel takes."""
+        tensors = [tensor for tensor in arguments[: self._num_tensors] if isinstance(tensor, torch.Tensor)]
+        return is_tracing() or all(is_usable(tensor) for tensor in tensors)
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 _num_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 

@@ -117,8 +117,7 @@ def _plan_fake(
 
 
 def _read(face: Any, packed: torch.Tensor, expand: bool) -> Plan:
-    face._requests.check_device(packed)
-    plan: Plan = face._requests.check_plan(Plan.of(packed))
+    plan: Plan = face._requests.check_plan(Plan.of(face._requests.check_device(packed)))
     if plan.layout != ("expand" if expand else "topk"):
         raise EPArgumentError.of("handle", f"one whose plan is {'expanded' if expand else 'compact'}", plan.layout)
     return plan

@@ -46,6 +46,8 @@ class Requests:
         expand: bool,
     ) -> DispatchSpec:
         """An uncached dispatch; ``sync``: exact output sizes."""
+        validate.required("topk_idx", topk_idx)
+        validate.required("num_experts", num_experts)
         rows, sf = validate.tokens(x, self._device)
         spec = self.routing(
             rows, topk_idx, topk_weights, (torch.float32,), num_experts, num_max_tokens_per_rank, expert_alignment,
@@ -194,10 +196,12 @@ class Requests:
             raise EPArgumentError.of("handle", f"one made by rank {self._rank} of {self.num_ranks}", f"one of {made}")
         return plan
 
-    def check_device(self, packed: Any) -> None:
-        """Raises EPArgumentError: not a plan that could be read here."""
-        if not isinstance(packed, torch.Tensor) or packed.device != self._device:
+    def check_device(self, packed: Any) -> torch.Tensor:
+        """The tensor of a packed plan. Raises EPArgumentError: not a plan that could be read here."""
+        tensor = validate.plain("handle", packed)
+        if not isinstance(tensor, torch.Tensor) or tensor.device != self._device:
             raise EPArgumentError.of("handle", f"a plan on {self._device}", validate.describe(packed))
+        return tensor
 
     def _plan_of(self, handle: Any) -> Plan:
         if not isinstance(handle, EPHandle):
@@ -298,6 +302,13 @@ class RequestsV1:
             topk_weights = validate.tensor("topk_weights", topk_weights, device, torch.float32, shape)
         elif worst:
             raise EPArgumentError.of("topk_idx", "a tensor where num_worst_tokens is given", None)
+        layout = {
+            "num_tokens_per_rank": num_tokens_per_rank,
+            "is_token_in_rank": is_token_in_rank,
+            "num_tokens_per_expert": num_tokens_per_expert,
+        }
+        for name, value in layout.items():
+            validate.required(name, value)
         per_expert = validate.tensor("num_tokens_per_expert", num_tokens_per_expert, device, torch.int32, (None,))
         if per_expert.numel() == 0:
             raise EPArgumentError.of("num_tokens_per_expert", "one count for each expert", "an empty tensor")
@@ -364,6 +375,7 @@ def _same_routing(topk_idx: Any, of_handle: torch.Tensor) -> bool:
     """On a GPU ids are not compared, for which the host would have to wait: only that it is a table like it."""
     if topk_idx is of_handle:
         return True
+    topk_idx = validate.plain("topk_idx", topk_idx)
     if not isinstance(topk_idx, torch.Tensor) or topk_idx.device != of_handle.device:
         return False
     if not topk_idx.is_cpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -9,19 +10,108 @@ import torch
 from .errors import EPArgumentError
 
 _COMBINE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
+# Of these dtypes no tensor is a conjugate or a negative that is only marked as such, and none is quantised.
+_AS_STORED = frozenset((torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.uint8, torch.int8))
+
+_TRACING = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
 
 
 def describe(value: object) -> str:
-    """A tensor as dtype, shape and device; anything else by its type and value."""
+    """A tensor as dtype, shape and device, with its class and layout where they are unusual; else type and value."""
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {list(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+        kind = "" if type(value) in _PLAIN else f"{type(value).__name__} "
+        layout = "" if value.layout is torch.strided else f"{value.layout} "
+        shape = "nested" if value.is_nested else list(value.shape)
+        return f"{kind}{layout}{value.dtype} {shape} on {value.device}"
+    return "None" if value is None else f"{type(value).__name__} {value!r}"
+
+
+def required(name: str, value: object) -> None:
+    """Raises EPArgumentError: None, where only a handle makes up for it."""
+    if value is None:
+        raise EPArgumentError(f"{name} is required without a handle", argument=name, expected="a value", got="None")
+
+
+def plain(name: str, value: Any) -> Any:
+    """The tensor whose own memory holds what ``value`` is, for kernels that read memory. What is no tensor comes back.
+
+    The result of a functional collective (AsyncCollectiveTensor) is waited for; a subclass that leaves operations to
+    torch is read as the tensor that it is.
+
+    Raises:
+        EPArgumentError: a tensor that keeps its values elsewhere or in another form (DTensor, FakeTensor, sparse,
+            nested, quantised, conjugated, ...), with what to pass instead.
+    """
+    if type(value) in _PLAIN and value.layout is torch.strided and not value.is_nested:
+        if value.dtype not in _AS_STORED and (value.is_neg() or value.is_conj() or value.is_quantized):
+            raise _not_plain(name, value)
+        return value
+    if not isinstance(value, torch.Tensor):
+        return value
+    if is_async_collective(value):
+        return plain(name, value.wait())  # type: ignore[attr-defined]
+    if type(value) in _PLAIN or not _holds_its_data(value):
+        raise _not_plain(name, value)
+    with torch._C.DisableTorchFunctionSubclass():
+        return plain(name, value.as_subclass(torch.Tensor))
+
+
+def is_usable(tensor: torch.Tensor) -> bool:
+    """Whether :func:`plain` can make something of a tensor's class."""
+    return type(tensor) in _PLAIN or is_async_collective(tensor) or _holds_its_data(tensor)
+
+
+def is_tracing(*keys: Any) -> bool:
+    """Whether a mode is active in which tensors have no values or operations are recorded: FakeTensorMode, make_fx,
+    functionalisation; with ``keys`` one of these."""
+    return any(torch._C._get_dispatch_mode(key) is not None for key in keys or _TRACING)
+
+
+def is_async_collective(value: object) -> bool:
+    """Whether ``value`` is what a functional collective returns. Its module is loaded where there is one."""
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    return module is not None and isinstance(value, module.AsyncCollectiveTensor)
+
+
+def _holds_its_data(value: torch.Tensor) -> bool:
+    """Whether a subclass is a tensor with memory, and not a wrapper around something else."""
+    if type(value).__torch_dispatch__ is not _NO_DISPATCH:
+        return False
+    try:
+        return value.numel() == 0 or value.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+def _not_plain(name: str, value: torch.Tensor) -> EPArgumentError:
+    if hasattr(value, "to_local"):
+        remedy = "pass its local part, to_local()"
+    elif value.is_nested:
+        remedy = "pass rows without padding, values() of a jagged one"
+    elif value.layout is not torch.strided:
+        remedy = "pass to_dense()"
+    elif value.is_quantized:
+        remedy = "pass int_repr() or dequantize()"
+    elif type(value) in _PLAIN:
+        remedy = "pass resolve_neg().resolve_conj()"
+    elif type(value).__name__ == "FakeTensor":
+        remedy = "this one has no values; under FakeTensorMode the operators deep_ep_py.dispatch and combine take it"
+    else:
+        remedy = f"unwrap what the {type(value).__name__} holds"
+    return EPArgumentError.of(name, f"a plain tensor; {remedy}", describe(value))
 
 
 def matrix(
     name: str, value: Any, device: torch.device, rows: int | None = None, columns: int | None = None
 ) -> torch.Tensor:
     """A tensor [rows, columns] on the device whose rows are dense; copied only if they are not."""
+    value = plain(name, value)
     if not isinstance(value, torch.Tensor) or value.device != device or value.dim() != 2:
         raise EPArgumentError.of(name, f"a tensor of two dimensions on {device}", describe(value))
     have_rows, have_columns = value.shape
@@ -36,6 +126,7 @@ def tensor(
     name: str, value: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int | None, ...]
 ) -> torch.Tensor:
     """A contiguous tensor of exactly this dtype on the device; None in ``shape`` means any length."""
+    value = plain(name, value)
     fits = isinstance(value, torch.Tensor) and value.dtype == dtype and value.dim() == len(shape)
     fits = fits and value.device == device
     if fits:

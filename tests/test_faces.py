@@ -80,7 +80,7 @@ def test_context_copies_and_pickles(face: type[Buffer | ElasticBuffer]) -> None:
             with pytest.raises(EPError, match=f"an? {face.__name__} cannot be pickled"):
                 pickle.dumps(buffer)
         assert buffer.group is None
-        with pytest.raises(EPError, match="destroyed|closed"):
+        with pytest.raises(EPError, match=r"destroyed|closed"):
             buffer.empty((1, 4), torch.float32)
         buffer.destroy()
         with pytest.raises(KeyError), face(c) as buffer:
