@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,14 @@ from .errors import EPArgumentError
 _COMBINE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
-# Of these dtypes no tensor is a conjugate or a negative that is only marked as such, and none is quantised.
-_AS_STORED = frozenset((torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.uint8, torch.int8))
-
+_STRIDED = torch.strided
+_PAIR = (tuple, list)
+# How a tensor of such a dtype may be marked to be something else than what lies in its memory.
+_MARKS: dict[torch.dtype, Callable[[torch.Tensor], bool]] = {
+    **dict.fromkeys((torch.float16, torch.float32, torch.float64), torch.Tensor.is_neg),
+    **dict.fromkeys((torch.complex32, torch.complex64, torch.complex128), torch.Tensor.is_conj),
+    **{getattr(torch, name): lambda _: True for name in ("qint8", "quint8", "qint32") if hasattr(torch, name)},
+}
 _TRACING = (
     torch._C._TorchDispatchModeKey.FAKE,
     torch._C._TorchDispatchModeKey.PROXY,
@@ -48,8 +54,9 @@ def plain(name: str, value: Any) -> Any:
         EPArgumentError: a tensor that keeps its values elsewhere or in another form (DTensor, FakeTensor, sparse,
             nested, quantised, conjugated, ...), with what to pass instead.
     """
-    if type(value) in _PLAIN and value.layout is torch.strided and not value.is_nested:
-        if value.dtype not in _AS_STORED and (value.is_neg() or value.is_conj() or value.is_quantized):
+    if type(value) in _PLAIN and value.layout is _STRIDED and not value.is_nested:
+        marked = _MARKS.get(value.dtype)
+        if marked is not None and marked(value):
             raise _not_plain(name, value)
         return value
     if not isinstance(value, torch.Tensor):
@@ -111,31 +118,31 @@ def matrix(
     name: str, value: Any, device: torch.device, rows: int | None = None, columns: int | None = None
 ) -> torch.Tensor:
     """A tensor [rows, columns] on the device whose rows are dense; copied only if they are not."""
-    value = plain(name, value)
-    if not isinstance(value, torch.Tensor) or value.device != device or value.dim() != 2:
+    found = plain(name, value)
+    if not isinstance(found, torch.Tensor) or found.device != device or found.dim() != 2:
         raise EPArgumentError.of(name, f"a tensor of two dimensions on {device}", describe(value))
-    have_rows, have_columns = value.shape
+    have_rows, have_columns = found.shape
     if (rows is not None and have_rows != rows) or (columns is not None and have_columns != columns):
         wanted = [rows if rows is not None else "any", columns if columns is not None else "any"]
         raise EPArgumentError.of(name, f"shape {wanted}", describe(value))
     # Not .contiguous(): an empty or a one-column tensor counts as contiguous whatever its strides are.
-    return value if value.stride(1) == 1 else value.clone(memory_format=torch.contiguous_format)
+    return found if found.stride(1) == 1 else found.clone(memory_format=torch.contiguous_format)
 
 
 def tensor(
     name: str, value: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int | None, ...]
 ) -> torch.Tensor:
     """A contiguous tensor of exactly this dtype on the device; None in ``shape`` means any length."""
-    value = plain(name, value)
-    fits = isinstance(value, torch.Tensor) and value.dtype == dtype and value.dim() == len(shape)
-    fits = fits and value.device == device
-    if fits:
-        for want, have in zip(shape, value.shape, strict=True):
-            fits = fits and (want is None or want == have)
+    found = plain(name, value)
+    fits = isinstance(found, torch.Tensor) and found.dtype == dtype and found.device == device
+    if fits and (have := found.shape) != shape:
+        fits = len(have) == len(shape)
+        for want, n in zip(shape, have, strict=False):
+            fits = fits and (want is None or want == n)
     if not fits:
         wanted = [n if n is not None else "any" for n in shape]
         raise EPArgumentError.of(name, f"{dtype} {wanted} on {device}", describe(value))
-    result: torch.Tensor = value if value.is_contiguous() else value.contiguous()
+    result: torch.Tensor = found if found.is_contiguous() else found.contiguous()
     return result
 
 
@@ -149,7 +156,7 @@ def floats(
 
 def tokens(x: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``x``: [T, H], or a tuple ([T, H] fp8, [T, S] scale factors)."""
-    if isinstance(x, tuple | list):
+    if isinstance(x, _PAIR):
         if len(x) != 2:
             raise EPArgumentError.of("x", "a tensor or a pair (x, scale factors)", f"{len(x)} items")
         rows = _wide("x[0]", x[0], device)
