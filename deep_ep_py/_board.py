@@ -26,7 +26,13 @@ class Board:
 
     def leave(self, mark: str) -> None:
         """Leave a mark; returns at once."""
-        self._talk(lambda: self._store.set(mark, b"1"))
+        store = self._store
+        if store is not None:
+            self._talk(lambda: store.set(mark, b"1"))
+
+    def close(self) -> None:
+        """Let go of the store; what is under way ends by itself. Later questions find what was found before."""
+        self._store = None
 
     def look(self, marks: Sequence[str]) -> set[str]:
         """Those of ``marks`` that the last answer showed; asks again now and then."""
@@ -54,7 +60,9 @@ class Board:
         return self._found if answered.wait(2 * seconds) else None
 
     def _read(self, marks: Sequence[str]) -> set[str]:
-        self._found = {mark for mark in marks if self._store.check([mark])}
+        store = self._store
+        if store is not None:
+            self._found = {mark for mark in marks if store.check([mark])}
         return self._found
 
     def _is_asking(self) -> bool:

@@ -88,6 +88,8 @@ class NcclRows(TorchRows):
         self._failure = self._failure or partial(peer_error, [self._rank], "closed its buffer")
         with suppress(RuntimeError):  # there is nothing more to be done about it
             self._leave()
+            if self._board is not None:
+                self._board.close()
             if failed:
                 group.abort()  # else its kernel would occupy the GPU until the peers come
             else:

@@ -6,7 +6,6 @@ Part of :mod:`deep_ep_py.communicator`, which opens them.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,7 +16,17 @@ from typing import Any, Protocol
 import torch
 
 from ._board import Board
-from ._rows import ExitWatch, as_bytes, first_line, pauses, peer_error, prefixed, says_timeout, timeout_error
+from ._rows import (
+    ExitWatch,
+    as_bytes,
+    first_line,
+    keep_until_complete,
+    pauses,
+    peer_error,
+    prefixed,
+    says_timeout,
+    timeout_error,
+)
 from .errors import EPPeerError, EPTimeoutError
 
 Failure = Callable[[], EPPeerError | EPTimeoutError]
@@ -129,20 +138,26 @@ class TorchPairs:
             if dead:  # the graver news; whoever is late too may be waiting for them
                 self._fail(partial(peer_error, list(dead), first_line(RuntimeError(next(iter(dead.values()))))))
             self._fail(partial(timeout_error, [self._names[peer] for peer in lost], self._timeout))
-        self._under_way.remove(transfer)
+        if transfer in self._under_way:  # unless another thread has closed the channel
+            self._under_way.remove(transfer)
 
     def close(self) -> None:
         groups, self._groups = self._groups, {}
         if not groups:
             return
-        busy = {p for t in self._under_way for p, w in t.works.items() if not w.is_completed()}
+        busy: dict[int, list[Any]] = {}
+        for transfer in self._under_way:
+            for peer, work in transfer.works.items():
+                if not work.is_completed():
+                    busy.setdefault(peer, []).append(work)
+        self._under_way.clear()
         self._failure = self._failure or partial(peer_error, [self._names[self._rank]], "closed its buffer")
         if busy:
             # The connections stay open: the board is where peers learn it.
             self._board.leave(f"left/{self._names[self._rank]}")
-        for peer in busy:
-            # Its destructor would wait, with the GIL, for a peer that may never come, and nothing can break that off.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(groups[peer]))
+        self._board.close()
+        for peer, works in busy.items():
+            keep_until_complete(groups[peer], works)
 
     def _fail(self, failure: Failure) -> None:
         self._failure = self._failure or failure

@@ -5,7 +5,6 @@ Part of :mod:`deep_ep_py.communicator`, which opens them.
 
 from __future__ import annotations
 
-import ctypes
 import re
 import threading
 import time
@@ -181,13 +180,15 @@ class TorchRows:
         group, self._group = self._group, None
         if group is None:
             return
-        under_way = self._work is not None and not self._work.is_completed()
+        work, self._work = self._work, None
+        under_way = work is not None and not work.is_completed()
         if under_way and self._failure is None:
             self._leave()
         self._failure = self._failure or partial(peer_error, [self._rank], "closed its buffer")
+        if self._board is not None:
+            self._board.close()
         if under_way:
-            # Its destructor would wait, with the GIL, for peers that may never come, and nothing can break that off.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+            keep_until_complete(group, [work])
         elif dist.is_initialized() and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
 
@@ -255,6 +256,18 @@ class StagedRows:
 
     def close(self) -> None:
         self._channel.close()
+
+
+def keep_until_complete(group: Any, works: Sequence[Any]) -> None:
+    """Hold a gloo group whose operations are under way: its destructor waits for them, with the GIL, and their peers
+    may come late or not at all. A thread lets go of it when they have ended, by their deadline at the latest."""
+
+    def wait(group: Any) -> None:  # noqa: ARG001
+        for _ in pauses(float("inf"), longest=0.1):
+            if all(work.is_completed() for work in works):
+                return
+
+    threading.Thread(target=wait, args=(group,), name="deep_ep_py-parting", daemon=True).start()
 
 
 def prefixed(prefix: str, store: Any) -> Any:

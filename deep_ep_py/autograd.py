@@ -62,6 +62,10 @@ class PlanHandle(NamedTuple):
         """Rows that dispatch delivers: N; expanded: D, alignment gaps included; without host sync the worst case."""
         return self.recv_topk_idx.shape[0]
 
+    def __repr__(self) -> str:
+        layout, local = "expanded" if self.expand else "compact", self.num_recv_tokens_per_expert.shape[0]
+        return f"<PlanHandle: {self.num_rows} rows, {local} local experts, {layout}, of buffer {self.buffer}>"
+
     @property
     def expert_offsets(self) -> torch.Tensor:
         """[E_local] int32: the row at which each local expert's block of expanded rows ends, its gap included: the

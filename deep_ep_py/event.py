@@ -74,6 +74,10 @@ class EventHandle:
         """The backend's event, or None for a point that has passed."""
         return self._completion
 
+    def __repr__(self) -> str:
+        done = self._completion is None or self._completion.done()
+        return f"<EventHandle: {'done' if done else 'not done'}>"
+
 
 class EventOverlap:
     """An event with what must live until it, and a context that waits at its end.
@@ -108,6 +112,9 @@ class EventOverlap:
         """Run ``hook()`` once, after the next wait. One hook at a time."""
         assert self._hook is None, "a hook is registered already; wait first"
         self._hook = hook
+
+    def __repr__(self) -> str:
+        return f"<EventOverlap: {'no event' if self.event is None else self.event!r}>"
 
     def __call__(self, release_handle: bool = False) -> EventOverlap:
         self._release_at_exit = release_handle

@@ -71,6 +71,14 @@ class Face:
         self._engine.close()
         self.group = self.mesh = None
 
+    def __repr__(self) -> str:
+        engine = getattr(self, "_engine", None)
+        if engine is None:
+            return f"<{type(self).__name__}: not constructed>"
+        heap = f"heap of {engine.statistics().heap_bytes} bytes" if engine.close.alive else "destroyed"
+        where = f"rank {engine.rank} of {engine.num_ranks}, backend {engine.info.name}, device {engine.device}"
+        return f"<{type(self).__name__}: {where}, {heap}>"
+
     def __enter__(self) -> Self:
         return self
 

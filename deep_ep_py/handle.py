@@ -71,6 +71,11 @@ class EPHandle:
         if num_expanded_tokens is not None:
             self.num_expanded_tokens = num_expanded_tokens
 
+    def __repr__(self) -> str:
+        layout, num_rows = "expanded" if self.do_expand else "compact", self._plan.num_rows
+        rows = f"{num_rows} rows" if num_rows >= 0 else "rows counted on the device"
+        return f"<EPHandle: {rows}, {self.num_experts} experts, {layout}>"
+
     def __getattr__(self, name: str) -> Any:
         # Reached only for what is not set yet; the value is kept, so a second read costs nothing.
         compute = _LAZY.get(name)
