@@ -13,11 +13,21 @@ except ImportError as e:
     ) from e
 
 from . import nn, utils
-from .autograd import PlanHandle, combine, dispatch, plan, plan_and_dispatch
+from .autograd import (
+    PendingCombine,
+    PendingDispatch,
+    PendingPlanAndDispatch,
+    PlanHandle,
+    combine,
+    dispatch,
+    plan,
+    plan_and_dispatch,
+)
 from .buffer import Buffer
+from .choice import BackendInfo
 from .config import Config
 from .elastic import ElasticBuffer
-from .engine import domain_sizes
+from .engine import Statistics, domain_sizes
 from .errors import (
     EPArgumentError,
     EPBackendUnavailableError,
@@ -30,9 +40,11 @@ from .event import EventHandle, EventOverlap
 from .fp8 import cast_rows
 from .handle import EPHandle
 from .settings import Settings
+from .traffic import Traffic
 from .types import topk_idx_t
 
 __all__ = [
+    "BackendInfo",
     "Buffer",
     "Config",
     "EPArgumentError",
@@ -45,8 +57,13 @@ __all__ = [
     "ElasticBuffer",
     "EventHandle",
     "EventOverlap",
+    "PendingCombine",
+    "PendingDispatch",
+    "PendingPlanAndDispatch",
     "PlanHandle",
     "Settings",
+    "Statistics",
+    "Traffic",
     "cast_rows",
     "combine",
     "dispatch",
@@ -81,3 +98,7 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:  # run from the source tree
             return "0+source"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

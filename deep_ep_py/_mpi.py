@@ -23,8 +23,19 @@ from typing import Any
 
 import torch
 
-from ._mpi_duplicate import HEADER, Duplicate, abandoned
-from ._rows import CPU, ExitWatch, RowChannel, StagedRows, as_bytes, first_line, pauses, peer_error, timeout_error
+from ._mpi_duplicate import HEADER, Duplicate
+from ._rows import (
+    CPU,
+    ExitWatch,
+    RowChannel,
+    StagedRows,
+    abandoned,
+    as_bytes,
+    first_line,
+    pauses,
+    peer_error,
+    timeout_error,
+)
 from .errors import EPArgumentError, EPBackendUnavailableError, EPMismatchError, EPPeerError, EPTimeoutError
 
 __all__ = ["MpiCommunicator", "MpiRows", "is_mpi", "mpi_communicator"]

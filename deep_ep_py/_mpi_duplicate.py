@@ -10,8 +10,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from ._rows import name_ranks, pauses
-from .errors import EPTimeoutError
+from ._rows import abandoned, pauses
 
 MAIL_TAG = 0  # bootstrap messages; channels take the tags above
 HEADER = struct.Struct("<16sQIB")  # members' digest or zeros, construction or tag, round, part
@@ -118,15 +117,3 @@ class Duplicate:
 
 def _construction(key: bytes) -> bytes:
     return key[:24]  # members and number
-
-
-def abandoned(what: str, *, missing: list[int], seconds: float, by: int = -1) -> EPTimeoutError:
-    """A round of construction is over: this rank gave up on it, or rank ``by`` did."""
-    seconds = round(seconds, 1)
-    who = name_ranks(missing) if missing else "a rank that MPI cannot name"
-    if by < 0:
-        message = f"construct: {who} did not come to {what} within {seconds:g} s"
-    else:
-        message = f"construct: rank {by} gave up on {what} after {seconds:g} s: {who} did not come"
-    message += "; see why, then build the buffer again on every rank"
-    return EPTimeoutError(message, op="construct", phase=what, ranks=missing, seconds=seconds)

@@ -341,3 +341,18 @@ def timeout_error(ranks: Sequence[int], seconds: float, reason: str = "") -> EPT
     who = name_ranks(ranks) if ranks else "a peer"
     message = f"{who} did not come within {seconds:g} s{reason and f' ({reason})'}; build a new buffer"
     return EPTimeoutError(message, ranks=ranks, seconds=seconds)
+
+
+def abandoned(what: str, *, missing: Sequence[int], seconds: float, by: int = -1) -> EPTimeoutError:
+    """A round of construction is over: this rank gave up on it, or rank ``by`` did."""
+    seconds = round(seconds, 1)
+    who = name_ranks(missing) if missing else "a rank that cannot be named"
+    if by < 0:
+        message = f"construct: {who} did not come to {what} within {seconds:g} s"
+    else:
+        message = f"construct: rank {by} gave up on {what} after {seconds:g} s: {who} did not come"
+    message += (
+        "; a construction waits connect_timeout_seconds (of Settings) for every rank of the group to construct the "
+        "same buffer: see why they did not, then build it again on every rank"
+    )
+    return EPTimeoutError(message, op="construct", phase=what, ranks=missing, seconds=seconds)

@@ -16,7 +16,7 @@ from .face import Face
 from .handle import pack_v1, pack_v1_internode
 from .layout import align, dispatch_layout, layout_on_device
 from .plans import Plan
-from .requests import RequestsV1, Tokens
+from .requests import RequestsV1, Rows
 from .settings import Settings
 
 
@@ -189,7 +189,7 @@ class Buffer(Face):
 
     def dispatch(
         self,
-        x: Tokens,
+        x: Rows,
         handle: tuple[Any, ...] | None = None,
         num_tokens_per_rank: torch.Tensor | None = None,
         num_tokens_per_rdma_rank: torch.Tensor | None = None,
@@ -203,7 +203,7 @@ class Buffer(Face):
         previous_event: EventOverlap | EventHandle | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None, list[int] | None, tuple[Any, ...] | None, EventOverlap]:
+    ) -> tuple[Rows, torch.Tensor | None, torch.Tensor | None, list[int] | None, tuple[Any, ...] | None, EventOverlap]:
         """Send every token to the ranks that own its experts.
 
         Args:
@@ -249,7 +249,7 @@ class Buffer(Face):
             previous=previous,
             on_comm_stream=bool(allocate_on_comm_stream),
         )
-        recv_x = got.recv_x if got.recv_sf is None else (got.recv_x, got.recv_sf)
+        recv_x: Any = got.recv_x if got.recv_sf is None else (got.recv_x, got.recv_sf)
         if handle is not None:
             return recv_x, None, None, None, None, event
         assert spec.is_token_in_rank is not None

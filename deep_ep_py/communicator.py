@@ -28,8 +28,8 @@ from ._rows import (
     ThreadMeeting,
     ThreadRows,
     TorchRows,
+    abandoned,
     first_line,
-    name_ranks,
     pauses,
     prefixed,
 )
@@ -195,14 +195,9 @@ class _StoreCommunicator:
         return decided
 
     def _abandoned(self, verdict: dict[str, Any], what: str) -> EPTimeoutError:
-        missing, seconds = [self.names[r] for r in verdict["missing"]], verdict["seconds"]
-        by = self.names[verdict["by"]]
-        if verdict["by"] == self.rank:
-            message = f"construct: {name_ranks(missing)} did not come to {what} within {seconds:g} s"
-        else:
-            message = f"construct: rank {by} gave up on {what} after {seconds:g} s: {name_ranks(missing)} did not come"
-        message += "; see why, then build the buffer again on every rank"
-        return EPTimeoutError(message, op="construct", phase=what, ranks=missing, seconds=seconds)
+        by = -1 if verdict["by"] == self.rank else self.names[verdict["by"]]
+        missing = [self.names[r] for r in verdict["missing"]]
+        return abandoned(what, missing=missing, seconds=verdict["seconds"], by=by)
 
     def _channel_key(self) -> str:
         """Where the next channel meets: equal on all ranks, since they open the same ones in the same order."""

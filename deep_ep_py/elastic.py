@@ -11,13 +11,12 @@ from ._groups import group_of
 from .choice import sizes
 from .config import Config
 from .engine import Engine
-from .errors import EPArgumentError
 from .event import CompletionEvent, EventHandle, EventOverlap, behind, completions
 from .face import Face
 from .handle import EPHandle
 from .plans import Plan
 from .registry import register
-from .requests import Requests, Tokens
+from .requests import Requests, Rows
 from .settings import Settings
 from .sizes import elastic_heap_bytes
 from .tickets import Flights
@@ -96,9 +95,9 @@ class ElasticBuffer(Face):
                     sizes["num_topk"],
                     bool(use_fp8_dispatch),
                 )
-            timeout = chosen.timeout_seconds if num_cpu_timeout_secs is None else float(num_cpu_timeout_secs)
-            if not timeout > 0:
-                raise EPArgumentError.of("num_cpu_timeout_secs", "a positive number of seconds", num_cpu_timeout_secs)
+            timeout = chosen.timeout_seconds
+            if num_cpu_timeout_secs is not None:
+                timeout = validate.seconds("num_cpu_timeout_secs", num_cpu_timeout_secs)
         except Exception as e:  # whatever it is: the peers must hear of it
             refused = e
         self.rank_idx, self.num_ranks = communicator.rank, communicator.size
@@ -188,7 +187,7 @@ class ElasticBuffer(Face):
 
     def dispatch(
         self,
-        x: Tokens,
+        x: Rows,
         topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         cumulative_local_expert_recv_stats: torch.Tensor | None = None,
@@ -207,7 +206,7 @@ class ElasticBuffer(Face):
         do_expand: bool = False,
         do_zero_padding: bool = False,
         use_tma_aligned_col_major_sf: bool = False,
-    ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]:
+    ) -> tuple[Rows, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]:
         """Send every token to the ranks that own its experts.
 
         Args:
@@ -271,7 +270,7 @@ class ElasticBuffer(Face):
             previous=previous,
             on_comm_stream=bool(allocate_on_comm_stream),
         )
-        recv_x = got.recv_x if got.recv_sf is None else (got.recv_x, got.recv_sf)
+        recv_x: Any = got.recv_x if got.recv_sf is None else (got.recv_x, got.recv_sf)
         if handle is not None:
             return recv_x, handle._recv_topk_idx, got.recv_topk_weights, handle, event
         assert topk_idx is not None

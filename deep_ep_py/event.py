@@ -114,7 +114,7 @@ class EventOverlap:
         self._hook = hook
 
     def __repr__(self) -> str:
-        return f"<EventOverlap: {'no event' if self.event is None else self.event!r}>"
+        return f"<EventOverlap: {self.event or 'no event'}>"
 
     def __call__(self, release_handle: bool = False) -> EventOverlap:
         self._release_at_exit = release_handle

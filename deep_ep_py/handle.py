@@ -39,6 +39,13 @@ class EPHandle:
             last slot of that destination; -1 elsewhere.
     """
 
+    num_recv_tokens_per_expert_list: list[int]
+    num_expanded_tokens: int
+    psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
+    psum_num_recv_tokens_per_expert: torch.Tensor
+    num_unaligned_recv_tokens_per_expert: torch.Tensor
+    dst_buffer_slot_idx: torch.Tensor
+
     def __init__(
         self,
         *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from .types import PLACEMENTS, CombineSpec, DispatchSpec, ExpertPlacement
 MAX_ALIGNMENT = 1 << 16
 
 Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+#: A dispatch returns what it is given: rows, or the pair of rows and scale factors.
+Rows = TypeVar("Rows", torch.Tensor, tuple[torch.Tensor, torch.Tensor])
 
 
 class Requests:

@@ -52,9 +52,14 @@ class Settings:
             raise EPArgumentError.of("Settings.device", "'auto', 'cpu' or 'cuda'", repr(self.device))
         if (self.backend, self.device) == ("cuda_peer", "cpu"):
             raise EPArgumentError.of("Settings.device", "'auto' or 'cuda' with backend 'cuda_peer'", "'cpu'")
-        for name in ("timeout_seconds", "connect_timeout_seconds"):
+        deadlines = {
+            "timeout_seconds": "for the other ranks in each operation",
+            "connect_timeout_seconds": "for every rank to construct its buffer",
+        }
+        for name, waits in deadlines.items():
             if not getattr(self, name) > 0:
-                raise EPArgumentError.of(f"Settings.{name}", "a positive number of seconds", getattr(self, name))
+                expected = f"a positive number of seconds to wait {waits}"
+                raise EPArgumentError.of(f"Settings.{name}", expected, getattr(self, name))
         if not 0 <= self.link_gbps < math.inf:
             raise EPArgumentError.of("Settings.link_gbps", "a rate in Gbit/s, 0 to measure it", self.link_gbps)
         for name in ("max_heap_bytes", "heap_bytes", "num_threads"):

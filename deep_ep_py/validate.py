@@ -185,6 +185,17 @@ def whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
     return number
 
 
+def seconds(name: str, value: Any) -> float:
+    """A positive number of seconds."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not number > 0:
+        raise EPArgumentError.of(name, "a positive number of seconds", describe(value))
+    return number
+
+
 def combine_rows(x: Any, device: torch.device, rows: int, delivered: str) -> torch.Tensor:
     """``x`` of a combine: [rows, H] of a dtype that can be summed."""
     y = _wide("x", x, device)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from deep_ep_py import Buffer, ElasticBuffer, EPArgumentError, EPError, get_physical_domain_size
+import deep_ep_py
+from deep_ep_py import (
+    Buffer,
+    ElasticBuffer,
+    EPArgumentError,
+    EPError,
+    EPTimeoutError,
+    Settings,
+    get_physical_domain_size,
+    plan,
+)
 from deep_ep_py.communicator import thread_world
 from deep_ep_py.testing import run_processes, run_threads
 
@@ -88,3 +100,62 @@ def test_context_copies_and_pickles(face: type[Buffer | ElasticBuffer]) -> None:
         assert buffer.group is None
 
     run_threads(2, body)
+
+
+def words(comm: Any) -> None:
+    idx, w, x = torch.tensor([[0, 1], [1, -1]]), torch.ones(2, 2), torch.randn(2, 4)
+    with Buffer(comm) as v1, ElasticBuffer(comm, **SIZES, backend="collective") as v2:
+        place = f"rank {comm.rank} of 2, backend shm, device cpu, heap of {v1.statistics().heap_bytes} bytes"
+        assert repr(v1) == f"<Buffer: {place}>"
+        assert repr(v2) == f"<ElasticBuffer: {place.replace('shm', 'collective').split(' heap')[0]} heap of 0 bytes>"
+        assert repr(v1.capture()) == "<EventOverlap: <EventHandle: done>>"
+        got = v2.dispatch(x, idx, w, num_experts=2, do_expand=True, async_with_compute_stream=True)
+        assert repr(got[4]) in ("<EventOverlap: <EventHandle: done>>", "<EventOverlap: <EventHandle: not done>>")
+        got[4].current_stream_wait()
+        assert repr(got[4]) == "<EventOverlap: <EventHandle: done>>"
+        rows = (2, 4)[comm.rank]
+        assert repr(got[3]) == f"<EPHandle: {rows} rows, 2 experts, expanded>"
+        assert repr(v2.dispatch(x, handle=got[3], do_expand=True)[4]) == "<EventOverlap: no event>"
+        planned = plan(idx, v2, 2)
+        assert (
+            repr(planned) == f"<PlanHandle: {planned.num_rows} rows, 1 local experts, compact, of buffer {v2.number}>"
+        )
+
+        def refused(text: str, call: Callable[[], Any]) -> None:
+            with pytest.raises(EPArgumentError, match=text):
+                call()
+
+        refused("num_experts is required without a handle", lambda: v2.dispatch(x, idx, w))
+        refused("topk_idx is required without a handle", lambda: v2.dispatch(x, num_experts=2))
+        layout = dict(zip(("num_tokens_per_rank", "_", "num_tokens_per_expert", "is_token_in_rank"),
+                          v1.get_dispatch_layout(idx, 2)[:4], strict=True))  # fmt: skip
+        del layout["_"]
+        for name in layout:
+            given = {n: t for n, t in layout.items() if n != name}
+            refused(f"{name} is required without a handle", lambda given=given: v1.dispatch(x, **given))
+        refused("topk_idx: expected torch.int64 .* got None", lambda: plan(None, v2, 2))  # type: ignore[arg-type]
+
+
+def test_words() -> None:
+    run_threads(2, words)
+
+
+def test_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEP_EP_PY_TIMEOUT_SECONDS", "7")
+    (comm,) = thread_world(1)
+    for given, used in ({}, 7.0), ({"num_cpu_timeout_secs": 300}, 300.0), ({"num_cpu_timeout_secs": 300.0}, 300.0):
+        with ElasticBuffer(comm, **given) as buffer:
+            assert buffer._engine.settings.timeout_seconds == used
+    for wrong in ("x", 0, -1, float("nan")):
+        with pytest.raises(EPArgumentError, match="num_cpu_timeout_secs: expected a positive number of seconds"):
+            ElasticBuffer(comm, num_cpu_timeout_secs=wrong)
+    with pytest.raises(EPArgumentError, match=r"to wait for every rank to construct its buffer"):
+        Settings(connect_timeout_seconds=0)
+    with pytest.raises(EPTimeoutError, match=r"rank 1 did not come .* connect_timeout_seconds .* construct the same"):
+        ElasticBuffer(thread_world(2)[0], settings=Settings(connect_timeout_seconds=0.05))
+
+
+def test_names_of_the_package() -> None:
+    assert set(dir(deep_ep_py)) == {*deep_ep_py.__all__, "__version__"}
+    assert all(hasattr(deep_ep_py, name) for name in dir(deep_ep_py))
+    assert not {"handle", "validate", "backends", "annotations"} & set(dir(deep_ep_py))
