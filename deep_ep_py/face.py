@@ -12,8 +12,9 @@ from ._groups import group_of
 from .choice import BackendInfo
 from .communicator import Communicator, communicator_of
 from .engine import Engine, Statistics
-from .errors import EPError
+from .errors import EPArgumentError, EPError
 from .traffic import Traffic
+from .validate import describe, is_tracing, plain
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -40,6 +41,15 @@ class Face:
         """The communicator of this construction, from the constructor's arguments."""
         self.group, self.mesh = group_of(group)
         return communicator_of(self.group, comm)
+
+    def _check(self, name: str, value: Any) -> None:
+        """For what hands ``value`` to torch before it comes to a dispatch: refuse on every rank what a dispatch would
+        refuse, which torch may refuse on this rank alone. Nothing is checked where compilers trace."""
+        if not (torch.compiler.is_compiling() or is_tracing()):
+            with self._engine.refusing("dispatch"):
+                tensor = plain(name, value)
+                if not isinstance(tensor, torch.Tensor) or tensor.device != self.device:
+                    raise EPArgumentError.of(name, f"a tensor on {self.device}", describe(value))
 
     def get_comm_stream(self) -> Any:
         """The communication stream: torch.cuda.Stream; on a CPU, torch's stand-in for one."""

@@ -256,6 +256,24 @@ def test_gradients() -> None:
     run_threads(R, gradients)
 
 
+def layer(comm: Any) -> None:
+    c = World(comm, "shm")
+    for separate_plan in (False, True):
+        moe = ep.nn.MoELayer(H, 4, E, K, c.v2, shared_width=4, separate_plan=separate_plan)
+        plain = moe(c.x).output
+        x = c.x.clone().requires_grad_()
+        out = moe(AsyncCollectiveTensor(x)).output
+        assert torch.equal(out, plain) and type(out) is torch.Tensor
+        for make, remedy in REFUSED.values():
+            with pytest.raises(EPArgumentError, match=f"x: .*{remedy}"):
+                moe(make(c.x) if comm.rank == 1 else c.x)
+        assert torch.equal(moe(c.x).output, plain)
+
+
+def test_layer() -> None:
+    run_threads(R, layer)
+
+
 def modes(comm: Any, backend: str) -> None:
     """One rank calls where tensors have no memory, or under a mode that looks on."""
     c = World(comm, backend)

@@ -95,6 +95,7 @@ class MoELayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> MoEOutput:
         """The layer over this rank's tokens x [*, S, H] (S: length of a sequence, where a loss is taken over them)."""
+        self.buffer._check("x", x)
         topk_idx, topk_weights, aux_loss, load = self.router(x)
         tokens = x.reshape(-1, x.shape[-1])
         if torch.is_autocast_enabled(x.device.type):
