@@ -48,8 +48,8 @@ class Requests:
         expand: bool,
     ) -> DispatchSpec:
         """An uncached dispatch; ``sync``: exact output sizes."""
-        validate.required("topk_idx", topk_idx)
-        validate.required("num_experts", num_experts)
+        if topk_idx is None or num_experts is None:
+            raise validate.missing("topk_idx" if topk_idx is None else "num_experts")
         rows, sf = validate.tokens(x, self._device)
         spec = self.routing(
             rows, topk_idx, topk_weights, (torch.float32,), num_experts, num_max_tokens_per_rank, expert_alignment,
@@ -310,7 +310,8 @@ class RequestsV1:
             "num_tokens_per_expert": num_tokens_per_expert,
         }
         for name, value in layout.items():
-            validate.required(name, value)
+            if value is None:
+                raise validate.missing(name)
         per_expert = validate.tensor("num_tokens_per_expert", num_tokens_per_expert, device, torch.int32, (None,))
         if per_expert.numel() == 0:
             raise EPArgumentError.of("num_tokens_per_expert", "one count for each expert", "an empty tensor")

@@ -38,10 +38,9 @@ def describe(value: object) -> str:
     return "None" if value is None else f"{type(value).__name__} {value!r}"
 
 
-def required(name: str, value: object) -> None:
-    """Raises EPArgumentError: None, where only a handle makes up for it."""
-    if value is None:
-        raise EPArgumentError(f"{name} is required without a handle", argument=name, expected="a value", got="None")
+def missing(name: str) -> EPArgumentError:
+    """An argument was left out for which only a handle would make up."""
+    return EPArgumentError(f"{name} is required without a handle", argument=name, expected="a value", got="None")
 
 
 def plain(name: str, value: Any) -> Any:
@@ -150,8 +149,8 @@ def floats(
     name: str, value: Any, device: torch.device, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]
 ) -> torch.Tensor:
     """A contiguous tensor of one of these dtypes on the device; None in ``shape`` means any length."""
-    dtype = value.dtype if isinstance(value, torch.Tensor) and value.dtype in dtypes else dtypes[0]
-    return tensor(name, value, device, dtype, shape)
+    dtype = getattr(value, "dtype", None)
+    return tensor(name, value, device, dtype if dtype in dtypes else dtypes[0], shape)
 
 
 def tokens(x: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
