@@ -18,12 +18,14 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends._routing import on_host
-from .backends.base import Backend, Statistics
+from .backends.base import Backend, Flight, Statistics
 from .choice import BACKENDS, Construction, device_of, domains_of, open_backend, sizes
 from .communicator import Communicator, communicator_of
 from .errors import EPArgumentError, EPError, EPMismatchError
 from .event import CompletionEvent, EventHandle, EventOverlap
+from .notices import Failures, backend_chosen
 from .plans import Plan
+from .profiling import Range, recording, rows_span, span
 from .settings import Settings
 from .traffic import Traffic, combine_sizes, combine_traffic, dispatch_sizes, dispatch_traffic
 from .types import Combined, CombineSpec, Dispatched, DispatchSpec
@@ -43,6 +45,7 @@ class Engine:
         face: str,
         agree: Mapping[str, Any],
         heap_bytes: int,
+        prefault_bytes: int = 0,
         timeout_seconds: float,
         allow_hybrid_mode: bool = True,
         refused: Exception | None = None,
@@ -52,7 +55,8 @@ class Engine:
         Args:
             face: the class that is constructed; must be equal on all ranks.
             agree: constructor arguments that must be equal on all ranks, JSON-able.
-            heap_bytes: heap to prefault.
+            heap_bytes: heap to reserve: address space, whose pages cost nothing until they are used.
+            prefault_bytes: of the heap, what is made present now. ``Settings.heap_bytes`` stands for both.
             timeout_seconds: deadline of every wait; see ``Settings``.
             allow_hybrid_mode: two hops where ranks are in several domains; else one.
             refused: this rank's arguments were refused: peers are told, then it is raised.
@@ -93,6 +97,7 @@ class Engine:
             # Equal on all ranks and new for each construction: the identity of every segment.
             epoch=sum(r["nonce"] for r in ranks) & (2**64 - 1),
             heap_bytes=settings.heap_bytes or heap_bytes,
+            prefault_bytes=settings.heap_bytes or prefault_bytes,
             num_cores=num_cores(),
             allow_hybrid_mode=allow_hybrid_mode,
         )
@@ -104,7 +109,12 @@ class Engine:
         self.device: torch.device = self.backend.device
         # Operations of one buffer run in call order, whichever thread calls.
         self._lock = threading.RLock()
-        self._refusals = {op: Refusal(self.backend, self._lock, op) for op in ("dispatch", "combine")}
+        self._failures = Failures(self.backend)
+        if communicator.rank == 0:  # all ranks have the same backend
+            by_auto, num_domains = settings.backend == "auto", len(self.info.domains)
+            backend_chosen(self.info.name, self.info.refused, by_auto=by_auto, num_domains=num_domains)
+        ops, note = ("dispatch", "combine"), self._failures.note
+        self._refusals = {op: Refusal(self.backend, self._lock, op, note) for op in ops}
         self._last: tuple[Callable[..., Traffic], Any, Plan] | None = None
         # Closes when the buffer is dropped and before the interpreter ends; never collective.
         self.close = weakref.finalize(self, self.backend.close)
@@ -124,16 +134,25 @@ class Engine:
         """``on_comm_stream``: results are memory of that stream, where there is one."""
         backend = self.backend
         spec.on_comm_stream = on_comm_stream
-        with self._lock:
-            flight = backend.prepare(spec, background=background, previous=previous)
-            try:
-                backend.dispatch_send(flight)
-                result = backend.dispatch_recv(flight)
-            except BaseException:
-                backend.abort(flight)
-                raise
+        try:
+            with self._lock, span("dispatch", spec.x):
+                with span("plan"):
+                    flight = backend.prepare(spec, background=background, previous=previous)
+                try:
+                    if recording():
+                        rows = rows_span("dispatch_rows", spec.x, spec.sf, flight.result.plan)
+                        _send_in(rows, backend.dispatch_send, flight, background)
+                    else:
+                        backend.dispatch_send(flight)
+                    result = backend.dispatch_recv(flight)
+                except BaseException:
+                    backend.abort(flight)
+                    raise
+        except BaseException as e:
+            self._failures.note(e)
+            raise
         self._last = dispatch_traffic, dispatch_sizes(spec), result.plan
-        return result, _event_of(flight.event, background)
+        return result, self._event_of(flight.event, background)
 
     def combine(
         self,
@@ -146,17 +165,29 @@ class Engine:
         """``on_comm_stream``: as for dispatch."""
         backend = self.backend
         spec.on_comm_stream = on_comm_stream
-        with self._lock:
-            flight = backend.prepare_combine(spec, background=background, previous=previous)
-            backend.combine_send(flight)
-            result = backend.combine_recv(flight)
+        try:
+            with self._lock, span("combine", spec.y):
+                flight = backend.prepare_combine(spec, background=background, previous=previous)
+                if recording():
+                    rows = rows_span("combine_rows", spec.y, None, spec.plan)
+                    _send_in(rows, backend.combine_send, flight, background)
+                else:
+                    backend.combine_send(flight)
+                result = backend.combine_recv(flight)
+        except BaseException as e:
+            self._failures.note(e)
+            raise
         self._last = combine_traffic, combine_sizes(spec), spec.plan
-        return result, _event_of(flight.event, background)
+        return result, self._event_of(flight.event, background)
 
     def barrier(self, *, host: bool = True) -> None:
         """``host``: the host waits too, where the operation is one of a stream."""
-        with self._lock:
-            self.backend.barrier(host=host)
+        try:
+            with self._lock, span("barrier"):
+                self.backend.barrier(host=host)
+        except BaseException as e:
+            self._failures.note(e)
+            raise
 
     def comm_stream(self) -> Any:
         """The stream on which rows move: torch.cuda.Stream, or torch's stand-in for one on a CPU."""
@@ -177,13 +208,18 @@ class Engine:
     def statistics(self) -> Statistics:
         return self.backend.statistics()
 
+    def _event_of(self, event: CompletionEvent | None, background: bool) -> EventOverlap:
+        """A synchronous call is complete: no event. A background call always has one, which clients wait for."""
+        return EventOverlap(EventHandle(event, self._failures.note) if background else None)
+
 
 class Refusal:
     """See :meth:`Engine.refusing`."""
 
-    __slots__ = ("_backend", "_lock", "_op")
+    __slots__ = ("_backend", "_lock", "_note", "_op")
 
-    def __init__(self, backend: Backend, lock: threading.RLock, op: str) -> None:
+    def __init__(self, backend: Backend, lock: threading.RLock, op: str, note: Callable[[BaseException], None]) -> None:
+        self._note = note
         self._backend = backend
         self._lock = lock
         self._op = op
@@ -204,8 +240,12 @@ class Refusal:
     ) -> None:
         if isinstance(error, Exception):
             text = str(error) if isinstance(error, EPError) else f"{type(error).__name__}: {error}"
-            with self._lock, _disable_current_modes(), torch._C._DisableFuncTorch():
-                self._backend.fail(self._op, text)
+            try:
+                with self._lock, _disable_current_modes(), torch._C._DisableFuncTorch():
+                    self._backend.fail(self._op, text)
+            except BaseException as e:
+                self._note(e)
+                raise
 
 
 _num_modes = torch._C._len_torch_dispatch_stack
@@ -257,6 +297,11 @@ def _raise_mismatch(face: str, arguments: list[dict[str, Any]]) -> None:
             )
 
 
-def _event_of(event: CompletionEvent | None, background: bool) -> EventOverlap:
-    """A synchronous call is complete: no event. A background call always has one, which clients wait for."""
-    return EventOverlap(EventHandle(event) if background else None)
+def _send_in(rows: Range, send: Callable[[Flight], None], flight: Flight, background: bool) -> None:
+    """Send in a range of the profiler: here, or where the backend's thread does it."""
+    if background:
+        flight.span = rows
+        send(flight)
+    else:
+        with rows:
+            send(flight)

@@ -28,7 +28,8 @@ class Settings:
         connect_timeout_seconds: how long construction waits for every rank, in seconds.
         max_heap_bytes: how many bytes of returned tensors one rank's heap may hold before results move to
             ordinary memory; 0: half of the available memory (and of the cgroup's limit), divided by the ranks here.
-        heap_bytes: bytes of heap to prefault at construction; 0: what the constructor's hint asks for.
+        heap_bytes: bytes of heap that are ready (present in every rank's mapping) at construction; 0: what the sizes
+            ask for that an ElasticBuffer is told. A constructor's hint in bytes reserves and touches nothing.
         num_threads: copy threads per rank; 0: cores divided by the ranks of this host.
         spin_microseconds: how long a wait spins before it sleeps; -1: 200 where every rank has a core, else 0.
         link_gbps: rate of a host's link to the others, in Gbit/s, by which the size of chunks is chosen that cross
