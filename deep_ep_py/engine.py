@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .backends._ranges import RangedBackend
 from .backends._routing import on_host
-from .backends.base import Backend, Flight, Statistics
+from .backends.base import Backend, Mover, Statistics
 from .choice import BACKENDS, Construction, device_of, domains_of, open_backend, sizes
 from .communicator import Communicator, communicator_of
 from .errors import EPArgumentError, EPError, EPMismatchError
 from .event import CompletionEvent, EventHandle, EventOverlap
 from .notices import Failures, backend_chosen
 from .plans import Plan
-from .profiling import Range, recording, rows_span, span
+from .profiling import recording, span
 from .settings import Settings
 from .traffic import Traffic, combine_sizes, combine_traffic, dispatch_sizes, dispatch_traffic
 from .types import Combined, CombineSpec, Dispatched, DispatchSpec
@@ -132,18 +133,20 @@ class Engine:
         on_comm_stream: bool = False,
     ) -> tuple[Dispatched, EventOverlap]:
         """``on_comm_stream``: results are memory of that stream, where there is one."""
-        backend = self.backend
         spec.on_comm_stream = on_comm_stream
+        if recording():
+            with span("dispatch", spec.x):
+                return self._dispatch(RangedBackend(self.backend), spec, background, previous)
+        return self._dispatch(self.backend, spec, background, previous)
+
+    def _dispatch(
+        self, backend: Mover, spec: DispatchSpec, background: bool, previous: Sequence[CompletionEvent]
+    ) -> tuple[Dispatched, EventOverlap]:
         try:
-            with self._lock, span("dispatch", spec.x):
-                with span("plan"):
-                    flight = backend.prepare(spec, background=background, previous=previous)
+            with self._lock:
+                flight = backend.prepare(spec, background=background, previous=previous)
                 try:
-                    if recording():
-                        rows = rows_span("dispatch_rows", spec.x, spec.sf, flight.result.plan)
-                        _send_in(rows, backend.dispatch_send, flight, background)
-                    else:
-                        backend.dispatch_send(flight)
+                    backend.dispatch_send(flight)
                     result = backend.dispatch_recv(flight)
                 except BaseException:
                     backend.abort(flight)
@@ -163,16 +166,19 @@ class Engine:
         on_comm_stream: bool = False,
     ) -> tuple[Combined, EventOverlap]:
         """``on_comm_stream``: as for dispatch."""
-        backend = self.backend
         spec.on_comm_stream = on_comm_stream
+        if recording():
+            with span("combine", spec.y):
+                return self._combine(RangedBackend(self.backend), spec, background, previous)
+        return self._combine(self.backend, spec, background, previous)
+
+    def _combine(
+        self, backend: Mover, spec: CombineSpec, background: bool, previous: Sequence[CompletionEvent]
+    ) -> tuple[Combined, EventOverlap]:
         try:
-            with self._lock, span("combine", spec.y):
+            with self._lock:
                 flight = backend.prepare_combine(spec, background=background, previous=previous)
-                if recording():
-                    rows = rows_span("combine_rows", spec.y, None, spec.plan)
-                    _send_in(rows, backend.combine_send, flight, background)
-                else:
-                    backend.combine_send(flight)
+                backend.combine_send(flight)
                 result = backend.combine_recv(flight)
         except BaseException as e:
             self._failures.note(e)
@@ -295,13 +301,3 @@ def _raise_mismatch(face: str, arguments: list[dict[str, Any]]) -> None:
                 phase="constructor arguments",
                 ranks=tuple(values),
             )
-
-
-def _send_in(rows: Range, send: Callable[[Flight], None], flight: Flight, background: bool) -> None:
-    """Send in a range of the profiler: here, or where the backend's thread does it."""
-    if background:
-        flight.span = rows
-        send(flight)
-    else:
-        with rows:
-            send(flight)

@@ -96,21 +96,8 @@ class Statistics:
     wait_seconds: dict[int, float] = field(default_factory=dict)
 
 
-class Backend(Protocol):
-    """A mover of rows. ``previous`` are events to be waited for before anything is published.
-
-    Attributes:
-        device: of every tensor that it takes and makes. comm_stream: the torch.cuda.Stream on which rows move; None
-            where there are no streams.
-    """
-
-    name: str
-    rank: int
-    num_ranks: int
-    device: torch.device
-
-    @property
-    def comm_stream(self) -> Any: ...
+class Mover(Protocol):
+    """What moves the rows of operations. ``previous`` are events to be waited for before anything is published."""
 
     def prepare(
         self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
@@ -132,6 +119,23 @@ class Backend(Protocol):
 
     def abort(self, flight: Flight) -> None:
         """A prepared dispatch will not be sent: the buffer is poisoned, so that peers do not wait for its rows."""
+
+
+class Backend(Mover, Protocol):
+    """A mover of rows, and all that belongs to one.
+
+    Attributes:
+        device: of every tensor that it takes and makes. comm_stream: the torch.cuda.Stream on which rows move; None
+            where there are no streams.
+    """
+
+    name: str
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+    @property
+    def comm_stream(self) -> Any: ...
 
     def barrier(self, *, host: bool = True) -> None:
         """Return when every rank has called it; earlier operations are then complete here. With ``host`` off, where

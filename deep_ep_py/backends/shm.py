@@ -178,7 +178,7 @@ class ShmBackend:
             background=background,
             previous=self._core_events("dispatch", previous),
         )
-        if self._engine.num_segments != self._num_segments:
+        if self._engine.num_segments != self._num_segments:  # by this dispatch, or by an operation before it
             self._note_growth()
         rows = flight.num_output_rows
         if plan is None:
@@ -292,8 +292,6 @@ class ShmBackend:
         )
         if background:
             self._keep(flight)
-        if self._engine.num_segments != self._num_segments:
-            self._note_growth()
 
     def combine_recv(self, flight: Flight) -> Combined:
         # Publishing, pulling and releasing are one piece in the core, run by `combine_send`.
