@@ -135,7 +135,7 @@ class Engine:
         """``on_comm_stream``: results are memory of that stream, where there is one."""
         spec.on_comm_stream = on_comm_stream
         if recording():
-            with span("dispatch", spec.x):
+            with span("dispatch" if spec.x.shape[1] else "plan", spec.x):  # a plan is a dispatch of no bytes
                 return self._dispatch(RangedBackend(self.backend), spec, background, previous)
         return self._dispatch(self.backend, spec, background, previous)
 

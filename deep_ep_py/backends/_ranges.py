@@ -21,7 +21,7 @@ class RangedBackend:
     def prepare(
         self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
     ) -> Flight:
-        with span("plan"):
+        with span("dispatch_plan"):
             flight = self._backend.prepare(spec, background=background, previous=previous)
         return self._with_range(flight, rows_span("dispatch_rows", spec.x, spec.sf, flight.result.plan), background)
 
