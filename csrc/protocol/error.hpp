@@ -49,7 +49,7 @@ inline const char* name_of(Op op) {
 }
 
 // What to do about ranks that are alive and did not come before the deadline; `pid`: of the first of them.
-inline std::string advice_on_late_ranks(int pid) {
+inline std::string advice_on_late_ranks(int64_t pid) {
   return "They are alive but did not come: look at what they do (py-spy dump --pid " + std::to_string(pid) +
          "). A rank whose first call runs under torch.compile may compile for minutes: then raise the deadline "
          "(num_cpu_timeout_secs, Settings.timeout_seconds or DEEP_EP_PY_TIMEOUT_SECONDS). ";
