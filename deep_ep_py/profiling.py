@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
-from .plans import SHARED_ROW, Plan
+from .plans import SHARED_ROW, Plan, plan_words
 
 _enter_range: Any = torch._C._autograd._record_function_with_args_enter
 _exit_range: Any = torch._C._autograd._record_function_with_args_exit
@@ -36,7 +36,9 @@ def rows_span(name: str, x: torch.Tensor, sf: torch.Tensor | None, plan: Plan) -
     only the tokens are told."""
     if not plan.packed.is_cpu:
         return Range(name, x, tokens=plan.num_tokens)
-    targets = plan.targets
+    first = plan_words(0, 0, plan.num_ranks, plan.num_local)
+    # By numpy: torch's operators would stand in the trace.
+    targets = plan.packed.numpy()[first : first + plan.num_tokens * plan.num_slots]
     rows = int(((targets >= 0) & (targets < SHARED_ROW)).sum())
     row_bytes = _row_bytes(x) + (0 if sf is None else _row_bytes(sf))
     return Range(name, x, tokens=plan.num_tokens, rows=rows, bytes=rows * row_bytes)

@@ -23,7 +23,7 @@ from deep_ep_py.testing import run_threads
 
 Event = dict[str, Any]
 
-NUM_RANKS, NUM_TOKENS, HIDDEN, NUM_EXPERTS, NUM_TOPK = 2, 1024, 2048, 16, 4
+NUM_RANKS, NUM_TOKENS, HIDDEN, NUM_EXPERTS, NUM_TOPK = 2, 4096, 2048, 16, 4
 COLORS = {
     "dispatch": "#9ecae1",
     "dispatch_plan": "#3182bd",
@@ -37,11 +37,11 @@ COLORS = {
 
 def step(buffer: ep.ElasticBuffer, x: torch.Tensor, topk_idx: torch.Tensor, weight: torch.Tensor) -> None:
     rows, _, _, handle, arrived = buffer.dispatch(x, topk_idx, num_experts=NUM_EXPERTS, async_with_compute_stream=True)
-    torch.mm(x[:192], weight)
+    torch.mm(x[:16], weight)
     arrived.current_stream_wait()
-    torch.mm(rows[:192], weight)  # what experts would do
+    torch.mm(rows[:16], weight)  # what experts would do
     _, _, returned = buffer.combine(rows, handle, async_with_compute_stream=True)
-    torch.mm(x[:192], weight)
+    torch.mm(x[:16], weight)
     returned.current_stream_wait()
 
 
@@ -55,7 +55,7 @@ def record(path: Path) -> dict[int, str]:
         x = torch.randn(NUM_TOKENS, HIDDEN, generator=generator)
         topk_idx = torch.rand(NUM_TOKENS, NUM_EXPERTS, generator=generator).topk(NUM_TOPK)[1]
         weight = torch.randn(HIDDEN, HIDDEN, generator=generator)
-        with closing(ep.ElasticBuffer(communicator, backend="shm")) as buffer:
+        with ep.ElasticBuffer(communicator, backend="shm") as buffer:
             for _ in range(5):
                 step(buffer, x, topk_idx, weight)
             all_threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
