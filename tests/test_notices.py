@@ -114,7 +114,7 @@ def abandoned(communicator, backend, background):
     buffer = ep.ElasticBuffer(communicator, backend=backend, settings=settings)
     received, _, _, handle, _ = buffer.dispatch(torch.ones(2, 8), TOPK_IDX, num_experts=4)
     if communicator.rank == 0:
-        for _ in range(3):
+        for _ in range(1 if background else 3):  # in the background the wait tells it, with no call after it
             with pytest.raises(EPError):
                 if background:
                     buffer.combine(received, handle, async_with_compute_stream=True)[-1].current_stream_wait()
