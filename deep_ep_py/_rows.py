@@ -339,7 +339,11 @@ def peer_error(ranks: Sequence[int], how: str) -> EPPeerError:
 def timeout_error(ranks: Sequence[int], seconds: float, reason: str = "") -> EPTimeoutError:
     """``ranks`` did not come within ``seconds``."""
     who = name_ranks(ranks) if ranks else "a peer"
-    message = f"{who} did not come within {seconds:g} s{reason and f' ({reason})'}; build a new buffer"
+    message = (
+        f"{who} did not come within {seconds:g} s{reason and f' ({reason})'}. A rank whose first call runs under "
+        "torch.compile may compile for minutes: then raise the deadline (num_cpu_timeout_secs, "
+        "Settings.timeout_seconds or DEEP_EP_PY_TIMEOUT_SECONDS). Build a new buffer to go on"
+    )
     return EPTimeoutError(message, ranks=ranks, seconds=seconds)
 
 

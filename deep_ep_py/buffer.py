@@ -16,6 +16,7 @@ from .face import Face
 from .handle import pack_v1, pack_v1_internode
 from .layout import align, dispatch_layout, layout_on_device
 from .plans import Plan
+from .profiling import span
 from .requests import RequestsV1, Rows
 from .settings import Settings
 
@@ -26,7 +27,8 @@ class Buffer(Face):
     Args:
         group: torch process group (any backend) or its name, a DeviceMesh of one dimension (``mesh["ep"]``), an mpi4py
             communicator, or a deep_ep_py communicator.
-        num_nvl_bytes: heap to prepare, in bytes; it grows where that proves too small.
+        num_nvl_bytes: heap to reserve, in bytes: memory is used where rows come to lie, not before. It grows where that
+            proves too small. ``Settings.heap_bytes`` has it ready at construction.
         num_rdma_bytes: kept for programs written for DeepEP; nothing is allocated for it.
         low_latency_mode: accepted, so that buffers which also serve low latency elsewhere work in normal mode here.
         comm: mpi4py communicator, where ``group`` is None.
@@ -174,18 +176,19 @@ class Buffer(Face):
             EPArgumentError: wrong dtype, shape or device; on a CPU also an expert id outside [-1, E). On a GPU such an
                 id counts as none here, and is refused by the dispatch that is given it.
         """
-        device, placements = self.device, self._requests.placements
-        for event in completions(previous_event, streams=self.device.type != "cpu"):
-            event.wait()
-        topk_idx = validate.tensor("topk_idx", topk_idx, device, torch.int64, (None, None))
-        num_experts = validate.whole("num_experts", num_experts, 1)
-        if topk_idx.is_cpu:
-            found = dispatch_layout(topk_idx, placements.of(num_experts), self.group_size)
-        else:
-            found = layout_on_device(topk_idx, placements.ranks_on(device, num_experts), self.group_size)
-        per_rank, per_expert, in_rank = found
-        per_domain = self._requests.tokens_per_domain(in_rank)
-        return per_rank, per_domain, per_expert, in_rank, EventOverlap(EventHandle() if async_finish else None)
+        with span("get_dispatch_layout"):
+            device, placements = self.device, self._requests.placements
+            for event in completions(previous_event, streams=self.device.type != "cpu"):
+                event.wait()
+            topk_idx = validate.tensor("topk_idx", topk_idx, device, torch.int64, (None, None))
+            num_experts = validate.whole("num_experts", num_experts, 1)
+            if topk_idx.is_cpu:
+                found = dispatch_layout(topk_idx, placements.of(num_experts), self.group_size)
+            else:
+                found = layout_on_device(topk_idx, placements.ranks_on(device, num_experts), self.group_size)
+            per_rank, per_expert, in_rank = found
+            per_domain = self._requests.tokens_per_domain(in_rank)
+            return per_rank, per_domain, per_expert, in_rank, EventOverlap(EventHandle() if async_finish else None)
 
     def dispatch(
         self,

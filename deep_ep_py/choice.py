@@ -58,6 +58,7 @@ class Construction:
     heap_bytes: int
     num_cores: int
     allow_hybrid_mode: bool
+    prefault_bytes: int = 0
 
 
 def open_backend(c: Construction) -> tuple[Backend, BackendInfo]:
@@ -130,7 +131,14 @@ def _open_shm(c: Construction) -> Backend:
     why = unavailable_because(c.hosts)
     if why:
         raise _refuse("shm", why)
-    return ShmBackend(c.communicator, c.settings, epoch=c.epoch, heap_bytes=c.heap_bytes, num_cores=c.num_cores)
+    return ShmBackend(
+        c.communicator,
+        c.settings,
+        epoch=c.epoch,
+        heap_bytes=c.heap_bytes,
+        num_cores=c.num_cores,
+        prefault_bytes=c.prefault_bytes,
+    )
 
 
 def _open_cuda_peer(c: Construction) -> Backend:
@@ -185,6 +193,7 @@ def _open_hybrid(c: Construction) -> Backend:
                 heap_bytes=c.heap_bytes,
                 num_cores=c.num_cores,
                 names=domains.here,
+                prefault_bytes=c.prefault_bytes,
             )
             domain.join_world(domains.here, domains.num_ranks)
         except EPBackendUnavailableError as e:

@@ -30,9 +30,10 @@ class ElasticBuffer(Face):
     Args:
         group: torch process group (any backend) or its name, a DeviceMesh of one dimension (``mesh["ep"]``), an mpi4py
             communicator, or a deep_ep_py communicator.
-        num_bytes: heap to prepare, in bytes; None: from the three sizes below. It grows where that proves too small.
-        num_max_tokens_per_rank, hidden, num_topk: M, H and K of the largest call, for the size of the heap; M also is
-            the default of dispatch's argument.
+        num_bytes: heap to reserve, in bytes (memory is used where rows come to lie); None: from the three sizes below.
+            It grows where that proves too small.
+        num_max_tokens_per_rank, hidden, num_topk: M, H and K of the largest call: its heap is ready at construction; M
+            also is the default of dispatch's argument.
         use_fp8_dispatch: rows are fp8 with scale factors.
         allow_hybrid_mode: across domains, cross once for each domain and spread inside; else straight to each rank.
         allow_multiple_reduction: expanded combine may sum and round the slots of one rank first.
@@ -80,21 +81,16 @@ class ElasticBuffer(Face):
         refused: Exception | None = None
         chosen = settings or Settings()
         sizes = {"num_max_tokens_per_rank": 0, "hidden": 0, "num_topk": 0}
-        heap_bytes, timeout = 0, float(chosen.timeout_seconds)
+        heap_bytes, named_bytes, timeout = 0, 0, float(chosen.timeout_seconds)
         try:
             chosen = Settings.of(settings, backend=backend)
             given = {"num_max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden, "num_topk": num_topk}
             sizes = {name: validate.whole(name, value, 0) for name, value in given.items()}
+            most, width, slots = sizes.values()
+            named_bytes = elastic_heap_bytes(communicator.size, most, width, slots, bool(use_fp8_dispatch))
+            heap_bytes = named_bytes
             if num_bytes is not None:
                 heap_bytes = validate.whole("num_bytes", num_bytes, 0, high=2**62)
-            else:
-                heap_bytes = elastic_heap_bytes(
-                    communicator.size,
-                    sizes["num_max_tokens_per_rank"],
-                    sizes["hidden"],
-                    sizes["num_topk"],
-                    bool(use_fp8_dispatch),
-                )
             timeout = chosen.timeout_seconds
             if num_cpu_timeout_secs is not None:
                 timeout = validate.seconds("num_cpu_timeout_secs", num_cpu_timeout_secs)
@@ -120,6 +116,7 @@ class ElasticBuffer(Face):
                 "allow_multiple_reduction": self.allow_multiple_reduction,
             },
             heap_bytes=heap_bytes,
+            prefault_bytes=min(heap_bytes, named_bytes),
             timeout_seconds=timeout,
             allow_hybrid_mode=self.allow_hybrid_mode,
             refused=refused,

@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .backends._ranges import RangedBackend
 from .backends._routing import on_host
-from .backends.base import Backend, Statistics
+from .backends.base import Backend, Mover, Statistics
 from .choice import BACKENDS, Construction, device_of, domains_of, open_backend, sizes
 from .communicator import Communicator, communicator_of
 from .errors import EPArgumentError, EPError, EPMismatchError
 from .event import CompletionEvent, EventHandle, EventOverlap
+from .notices import Failures, backend_chosen
 from .plans import Plan
+from .profiling import recording, span
 from .settings import Settings
 from .traffic import Traffic, combine_sizes, combine_traffic, dispatch_sizes, dispatch_traffic
 from .types import Combined, CombineSpec, Dispatched, DispatchSpec
@@ -43,6 +46,7 @@ class Engine:
         face: str,
         agree: Mapping[str, Any],
         heap_bytes: int,
+        prefault_bytes: int = 0,
         timeout_seconds: float,
         allow_hybrid_mode: bool = True,
         refused: Exception | None = None,
@@ -52,7 +56,8 @@ class Engine:
         Args:
             face: the class that is constructed; must be equal on all ranks.
             agree: constructor arguments that must be equal on all ranks, JSON-able.
-            heap_bytes: heap to prefault.
+            heap_bytes: heap to reserve: address space, whose pages cost nothing until they are used.
+            prefault_bytes: of the heap, what is made present now. ``Settings.heap_bytes`` stands for both.
             timeout_seconds: deadline of every wait; see ``Settings``.
             allow_hybrid_mode: two hops where ranks are in several domains; else one.
             refused: this rank's arguments were refused: peers are told, then it is raised.
@@ -93,6 +98,7 @@ class Engine:
             # Equal on all ranks and new for each construction: the identity of every segment.
             epoch=sum(r["nonce"] for r in ranks) & (2**64 - 1),
             heap_bytes=settings.heap_bytes or heap_bytes,
+            prefault_bytes=settings.heap_bytes or prefault_bytes,
             num_cores=num_cores(),
             allow_hybrid_mode=allow_hybrid_mode,
         )
@@ -104,7 +110,12 @@ class Engine:
         self.device: torch.device = self.backend.device
         # Operations of one buffer run in call order, whichever thread calls.
         self._lock = threading.RLock()
-        self._refusals = {op: Refusal(self.backend, self._lock, op) for op in ("dispatch", "combine")}
+        self._failures = Failures(self.backend)
+        if communicator.rank == 0:  # all ranks have the same backend
+            by_auto, num_domains = settings.backend == "auto", len(self.info.domains)
+            backend_chosen(self.info.name, self.info.refused, by_auto=by_auto, num_domains=num_domains)
+        ops, note = ("dispatch", "combine"), self._failures.note
+        self._refusals = {op: Refusal(self.backend, self._lock, op, note) for op in ops}
         self._last: tuple[Callable[..., Traffic], Any, Plan] | None = None
         # Closes when the buffer is dropped and before the interpreter ends; never collective.
         self.close = weakref.finalize(self, self.backend.close)
@@ -122,18 +133,29 @@ class Engine:
         on_comm_stream: bool = False,
     ) -> tuple[Dispatched, EventOverlap]:
         """``on_comm_stream``: results are memory of that stream, where there is one."""
-        backend = self.backend
         spec.on_comm_stream = on_comm_stream
-        with self._lock:
-            flight = backend.prepare(spec, background=background, previous=previous)
-            try:
-                backend.dispatch_send(flight)
-                result = backend.dispatch_recv(flight)
-            except BaseException:
-                backend.abort(flight)
-                raise
+        if recording():
+            with span("dispatch" if spec.x.shape[1] else "plan", spec.x):  # a plan is a dispatch of no bytes
+                return self._dispatch(RangedBackend(self.backend), spec, background, previous)
+        return self._dispatch(self.backend, spec, background, previous)
+
+    def _dispatch(
+        self, backend: Mover, spec: DispatchSpec, background: bool, previous: Sequence[CompletionEvent]
+    ) -> tuple[Dispatched, EventOverlap]:
+        try:
+            with self._lock:
+                flight = backend.prepare(spec, background=background, previous=previous)
+                try:
+                    backend.dispatch_send(flight)
+                    result = backend.dispatch_recv(flight)
+                except BaseException:
+                    backend.abort(flight)
+                    raise
+        except BaseException as e:
+            self._failures.note(e)
+            raise
         self._last = dispatch_traffic, dispatch_sizes(spec), result.plan
-        return result, _event_of(flight.event, background)
+        return result, self._event_of(flight.event, background)
 
     def combine(
         self,
@@ -144,19 +166,34 @@ class Engine:
         on_comm_stream: bool = False,
     ) -> tuple[Combined, EventOverlap]:
         """``on_comm_stream``: as for dispatch."""
-        backend = self.backend
         spec.on_comm_stream = on_comm_stream
-        with self._lock:
-            flight = backend.prepare_combine(spec, background=background, previous=previous)
-            backend.combine_send(flight)
-            result = backend.combine_recv(flight)
+        if recording():
+            with span("combine", spec.y):
+                return self._combine(RangedBackend(self.backend), spec, background, previous)
+        return self._combine(self.backend, spec, background, previous)
+
+    def _combine(
+        self, backend: Mover, spec: CombineSpec, background: bool, previous: Sequence[CompletionEvent]
+    ) -> tuple[Combined, EventOverlap]:
+        try:
+            with self._lock:
+                flight = backend.prepare_combine(spec, background=background, previous=previous)
+                backend.combine_send(flight)
+                result = backend.combine_recv(flight)
+        except BaseException as e:
+            self._failures.note(e)
+            raise
         self._last = combine_traffic, combine_sizes(spec), spec.plan
-        return result, _event_of(flight.event, background)
+        return result, self._event_of(flight.event, background)
 
     def barrier(self, *, host: bool = True) -> None:
         """``host``: the host waits too, where the operation is one of a stream."""
-        with self._lock:
-            self.backend.barrier(host=host)
+        try:
+            with self._lock, span("barrier"):
+                self.backend.barrier(host=host)
+        except BaseException as e:
+            self._failures.note(e)
+            raise
 
     def comm_stream(self) -> Any:
         """The stream on which rows move: torch.cuda.Stream, or torch's stand-in for one on a CPU."""
@@ -177,13 +214,18 @@ class Engine:
     def statistics(self) -> Statistics:
         return self.backend.statistics()
 
+    def _event_of(self, event: CompletionEvent | None, background: bool) -> EventOverlap:
+        """A synchronous call is complete: no event. A background call always has one, which clients wait for."""
+        return EventOverlap(EventHandle(event, self._failures.note) if background else None)
+
 
 class Refusal:
     """See :meth:`Engine.refusing`."""
 
-    __slots__ = ("_backend", "_lock", "_op")
+    __slots__ = ("_backend", "_lock", "_note", "_op")
 
-    def __init__(self, backend: Backend, lock: threading.RLock, op: str) -> None:
+    def __init__(self, backend: Backend, lock: threading.RLock, op: str, note: Callable[[BaseException], None]) -> None:
+        self._note = note
         self._backend = backend
         self._lock = lock
         self._op = op
@@ -204,8 +246,12 @@ class Refusal:
     ) -> None:
         if isinstance(error, Exception):
             text = str(error) if isinstance(error, EPError) else f"{type(error).__name__}: {error}"
-            with self._lock, _disable_current_modes(), torch._C._DisableFuncTorch():
-                self._backend.fail(self._op, text)
+            try:
+                with self._lock, _disable_current_modes(), torch._C._DisableFuncTorch():
+                    self._backend.fail(self._op, text)
+            except BaseException as e:
+                self._note(e)
+                raise
 
 
 _num_modes = torch._C._len_torch_dispatch_stack
@@ -255,8 +301,3 @@ def _raise_mismatch(face: str, arguments: list[dict[str, Any]]) -> None:
                 phase="constructor arguments",
                 ranks=tuple(values),
             )
-
-
-def _event_of(event: CompletionEvent | None, background: bool) -> EventOverlap:
-    """A synchronous call is complete: no event. A background call always has one, which clients wait for."""
-    return EventOverlap(EventHandle(event) if background else None)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from .errors import EPArgumentError
+from .profiling import span
 
 
 class CompletionEvent(Protocol):
@@ -51,11 +52,14 @@ class StreamEvent:
 
 class EventHandle:
     """A point in the order of operations. Without an event it is the present one: of the current CUDA stream in a
-    program that uses CUDA; elsewhere it has passed."""
+    program that uses CUDA; elsewhere it has passed. ``report``: called with what a wait raises."""
 
-    __slots__ = ("__weakref__", "_completion")
+    __slots__ = ("__weakref__", "_completion", "_report")
 
-    def __init__(self, completion: CompletionEvent | None = None) -> None:
+    def __init__(
+        self, completion: CompletionEvent | None = None, report: Callable[[BaseException], None] | None = None
+    ) -> None:
+        self._report = report
         if completion is None and torch.cuda.is_initialized():
             completion = StreamEvent()
         self._completion = completion
@@ -66,8 +70,15 @@ class EventHandle:
         Raises:
             EPError: what the operation raised in the background.
         """
-        if self._completion is not None:
-            self._completion.wait()
+        if self._completion is None:
+            return
+        try:
+            with span("wait"):
+                self._completion.wait()
+        except BaseException as e:
+            if self._report is not None:
+                self._report(e)
+            raise
 
     @property
     def completion(self) -> CompletionEvent | None:

@@ -24,6 +24,7 @@ from .errors import EPArgumentError
 from .event import behind, on_stream, stream_of
 from .operators import Operator
 from .plans import Plan, plan_words
+from .profiling import span
 from .registry import buffer_of
 from .types import DispatchSpec
 
@@ -313,7 +314,8 @@ def _finish(
     of_dispatch: bool, expand: bool, rows: int, rows_before: int, hidden: int, dtype: torch.dtype, num_topk: int,
     weight_dtype: torch.dtype | None,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
-    found: Sequence[torch.Tensor] = buffer_of(buffer)._flights.finish(ticket)
+    with span("finish"):
+        found: Sequence[torch.Tensor] = buffer_of(buffer)._flights.finish(ticket)
     return found
 
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import EPArgumentError
@@ -28,7 +28,8 @@ class Settings:
         connect_timeout_seconds: how long construction waits for every rank, in seconds.
         max_heap_bytes: how many bytes of returned tensors one rank's heap may hold before results move to
             ordinary memory; 0: half of the available memory (and of the cgroup's limit), divided by the ranks here.
-        heap_bytes: bytes of heap to prefault at construction; 0: what the constructor's hint asks for.
+        heap_bytes: bytes of heap that are ready (present in every rank's mapping) at construction; 0: what the sizes
+            ask for that an ElasticBuffer is told. A constructor's hint in bytes reserves and touches nothing.
         num_threads: copy threads per rank; 0: cores divided by the ranks of this host.
         spin_microseconds: how long a wait spins before it sleeps; -1: 200 where every rank has a core, else 0.
         link_gbps: rate of a host's link to the others, in Gbit/s, by which the size of chunks is chosen that cross
@@ -97,24 +98,32 @@ class Settings:
         return cls(**values)
 
 
-def available_memory_bytes() -> int:
-    """Bytes of memory this process may still use: the smaller of the machine's and its cgroup's."""
-    meminfo = (line.split() for line in _read("/proc/meminfo").splitlines())
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Bytes of memory this process may still use: the smallest of the machine's, its cgroup's and those of the groups
+    around it (version 2, and the memory controller of version 1). ``root``: where ``proc`` and ``sys`` are mounted."""
+    meminfo = (line.split() for line in _read(root / "proc/meminfo").splitlines())
     limits = [int(words[1]) * 1024 for words in meminfo if words[0] == "MemAvailable:"]
-    for group in _read("/proc/self/cgroup").splitlines():
-        path = group.split("::", 1)[-1] if "::" in group else ""
-        for folder in (f"/sys/fs/cgroup{path}", "/sys/fs/cgroup"):
-            maximum = _read(f"{folder}/memory.max").strip()
-            if maximum.isdigit():
-                used = _read(f"{folder}/memory.current").strip()
-                limits.append(max(int(maximum) - (int(used) if used.isdigit() else 0), 0))
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            mount, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # A container may see its own group as the mounted one, whatever its path says.
+        group = PurePosixPath(path.lstrip("/"))
+        for folder in (mount / group, *(mount / parent for parent in group.parents)):
+            most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+            if most.isdigit():  # "max": none
+                limits.append(max(int(most) - (int(used) if used.isdigit() else 0), 0))
     if limits:
         return min(limits)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _read(path: str) -> str:
+def _read(path: Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""

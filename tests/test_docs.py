@@ -21,7 +21,7 @@ PAGES = sorted(
 )
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 #: Pages whose Python blocks, one after the other, are a program that needs neither MPI nor a GPU.
-PROGRAMS = ("README.md", "docs/coming-from-deepep.md", "docs/training.md")
+PROGRAMS = ("README.md", "docs/coming-from-deepep.md", "docs/observability.md", "docs/training.md")
 
 
 def program(page: str) -> str:

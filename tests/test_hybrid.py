@@ -371,7 +371,8 @@ def test_any_timing(late, domains, seed):
 
 
 def test_waits_are_counted_by_rank():
-    """``wait_seconds``: of the rail, and only of who came late."""
+    """``wait_seconds``: of the rail and of the domain, and only of who came late. Rank 1 waits for its neighbour, who
+    waits on its rail."""
 
     def body(rank, backend):
         if rank == 3:
@@ -380,6 +381,6 @@ def test_waits_are_counted_by_rank():
         return backend.statistics().wait_seconds
 
     waited = all_ranks(Routing(4), body, domains=CROSSED)
-    assert [set(w) for w in waited] == [{1}, {0}, {3}, {2}]
-    assert waited[2][3] > 0.3
+    assert [set(w) for w in waited] == [{1, 3}, {0, 2}, {1, 3}, {0, 2}]
+    assert min(waited[2][3], waited[0][3], waited[1][2]) > 0.3
     assert max(waited[0][1], waited[1][0], waited[3][2]) < 0.3

@@ -23,6 +23,10 @@ py::dict statistics(PyEngine& self) {
   out["segments"] = s.segments;
   out["moved_to_ordinary_memory"] = s.moved_to_ordinary_memory;
   out["copied_combine_inputs"] = s.copied_combine_inputs;
+  py::dict waited;
+  for (const auto& [rank, seconds] : s.wait_seconds)
+    waited[py::int_(rank)] = seconds;
+  out["wait_seconds"] = waited;
   return out;
 }
 
@@ -58,7 +62,8 @@ void bind_engine(py::module_& m) {
   py::class_<PyEngine> engine(m, "Engine");
   engine
       .def(py::init([](uint64_t epoch, int rank, int num_ranks, double timeout_seconds, double spin_microseconds,
-                       uint64_t max_heap_bytes, uint64_t heap_bytes, int num_threads, const std::vector<int>& names) {
+                       uint64_t max_heap_bytes, uint64_t heap_bytes, int num_threads, const std::vector<int>& names,
+                       uint64_t prefault_bytes) {
              EngineOptions o;
              o.epoch = epoch;
              o.rank = rank;
@@ -69,11 +74,12 @@ void bind_engine(py::module_& m) {
              o.heap_bytes = heap_bytes;
              o.num_threads = num_threads;
              o.names = names;
+             o.prefault_bytes = prefault_bytes;
              return std::make_unique<PyEngine>(o);
            }),
            py::kw_only(), py::arg("epoch"), py::arg("rank"), py::arg("num_ranks"), py::arg("timeout_seconds"),
            py::arg("spin_microseconds"), py::arg("max_heap_bytes"), py::arg("heap_bytes"), py::arg("num_threads"),
-           py::arg("names") = std::vector<int>())
+           py::arg("names") = std::vector<int>(), py::arg("prefault_bytes") = 0)
       .def("endpoint",
            [](PyEngine& self) {
              const SegmentAddress a = self.get().endpoint();
@@ -137,6 +143,8 @@ void bind_engine(py::module_& m) {
           },
           py::kw_only(), py::arg("flight"))
       .def("statistics", &statistics)
+      .def("poisoned", [](PyEngine& self) { return self.get().poisoned(); })
+      .def_property_readonly("num_segments", [](PyEngine& self) { return self.get().num_segments(); })
       .def(
           "set_phase_hook",
           [](PyEngine& self, const py::object& hook) {

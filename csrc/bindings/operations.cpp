@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <exception>
+#include <functional>
+
 #include "bindings/method.hpp"
 #include "bindings/objects.hpp"
 #include "protocol/packed_plan.hpp"
@@ -10,6 +13,39 @@ namespace py = pybind11;
 
 namespace deep_ep {
 namespace {
+
+// Python's `around(work)`, called in the thread that runs an operation; it calls `work()`. What it raises besides does
+// not concern the operation.
+Around around_of(py::handle given) {
+  if (given.is_none()) return nullptr;
+  std::shared_ptr<py::object> around(new py::object(py::reinterpret_borrow<py::object>(given)), [](py::object* object) {
+    py::gil_scoped_acquire gil;
+    delete object;
+  });
+  return [around](const std::function<void()>& work) {
+    std::exception_ptr error;
+    bool called = false;
+    auto run = [&] {
+      called = true;
+      py::gil_scoped_release unlocked;
+      try {
+        work();
+      } catch (...) {
+        error = std::current_exception();
+      }
+    };
+    {
+      py::gil_scoped_acquire gil;
+      try {
+        (*around)(py::cpp_function(run));
+      } catch (py::error_already_set& raised) {
+        raised.discard_as_unraisable("a range of the profiler around a background operation");
+      }
+    }
+    if (!called) work();
+    if (error) std::rethrow_exception(error);
+  };
+}
 
 PyObject* dispatch_begin(PyEngine& self, Values& v) {
   DispatchParams p;
@@ -87,10 +123,11 @@ PyObject* dispatch_move(PyEngine& self, Values& v) {
   out.recv_topk_idx = v.pointer<int64_t>();
   out.recv_topk_weights = v.pointer<void>();
   out.recv_meta = v.pointer<int32_t>();
+  const Around around = around_of(v.object());
   Engine& engine = self.get();
   {
     py::gil_scoped_release unlocked;
-    engine.dispatch_move(flight, out, signal_raised);
+    engine.dispatch_move(flight, out, signal_raised, around);
   }
   return py::cast(event_of(flight.event)).release().ptr();
 }
@@ -122,11 +159,12 @@ PyObject* combine(PyEngine& self, Values& v) {
   p.max_threads = static_cast<int>(v.integer());
   p.background = v.flag();
   const Events after = events_of(v.object());
+  const Around around = around_of(v.object());
   Engine& engine = self.get();
   std::shared_ptr<Event> event;
   {
     py::gil_scoped_release unlocked;
-    event = engine.combine(p, after, signal_raised);
+    event = engine.combine(p, after, signal_raised, around);
   }
   return py::cast(event_of(std::move(event))).release().ptr();
 }
@@ -169,11 +207,12 @@ void add_operations(py::handle type) {
                                           "previous"});
   Method<PyEngine, &dispatch_move>::add(
       type, "dispatch_move",
-      {"flight", "recv_x", "recv_sf", "recv_sf_leading", "recv_topk_idx", "recv_topk_weights", "recv_meta"});
+      {"flight", "recv_x", "recv_sf", "recv_sf_leading", "recv_topk_idx", "recv_topk_weights", "recv_meta", "around"});
   Method<PyEngine, &combine>::add(type, "combine",
-                                  {"plan", "y", "y_rows", "y_stride_bytes", "row_bytes", "hidden", "dtype", "weights",
-                                   "weight_bytes", "num_weights", "num_bias", "bias0", "bias1", "reduce_per_rank",
-                                   "out", "out_weights", "max_threads", "background", "previous"});
+                                  {"plan",        "y",           "y_rows",     "y_stride_bytes",  "row_bytes",
+                                   "hidden",      "dtype",       "weights",    "weight_bytes",    "num_weights",
+                                   "num_bias",    "bias0",       "bias1",      "reduce_per_rank", "out",
+                                   "out_weights", "max_threads", "background", "previous",        "around"});
 }
 
 }  // namespace deep_ep

@@ -75,12 +75,12 @@ void combine_weights(const Pull& pull, int num_weights, const int64_t* targets, 
 }  // namespace
 
 std::shared_ptr<Event> Engine::combine(const CombineParams& params, const Events& previous,
-                                       const Interrupted& interrupted) {
+                                       const Interrupted& interrupted, const Around& around) {
   require_sound();
   auto flight = std::make_shared<CombineFlight>();
   flight->params = params;
   flight->params.world = {options_.num_ranks, options_.rank, nullptr};
-  return run(params.background, interrupted, [this, flight, previous](const Interrupted& interrupt) {
+  auto pull = [this, flight, previous](const Interrupted& interrupt) {
     Step step{{Op::combine, "copy", 0}, false, &interrupt};
     guarded(step, [&] {
       await(previous, step);
@@ -89,7 +89,8 @@ std::shared_ptr<Event> Engine::combine(const CombineParams& params, const Events
       reduce(flight->params, flight->params.pull, flight->published);
       release(*flight, step);
     });
-  });
+  };
+  return run(params.background, interrupted, pull, around);
 }
 
 std::unique_ptr<CombineFlight> Engine::combine_begin(const CombineParams& params, const Events& previous,

@@ -11,10 +11,11 @@ constexpr int64_t kTokensPerChunk = 32;
 
 }  // namespace
 
-void Engine::dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Interrupted& interrupted) {
+void Engine::dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Interrupted& interrupted,
+                           const Around& around) {
   DispatchFlight* f = &flight;
   flight.moved = true;
-  flight.event = run(flight.params.background, interrupted, [this, f, outputs](const Interrupted& interrupt) {
+  auto move = [this, f, outputs](const Interrupted& interrupt) {
     const DispatchParams& p = f->params;
     Step step{{p.cached ? Op::cached_dispatch : Op::dispatch, "place", f->seq}, true, &interrupt};
     guarded(step, [&] {
@@ -39,7 +40,8 @@ void Engine::dispatch_move(DispatchFlight& flight, const DispatchOutputs& output
       arrive(*f, step);
       deliver(*f, outputs);
     });
-  });
+  };
+  flight.event = run(flight.params.background, interrupted, move, around);
 }
 
 void Engine::dispatch_place(DispatchFlight& flight, const Source& source, const Interrupted& interrupted) {

@@ -18,8 +18,8 @@ Engine::Engine(const EngineOptions& options)
   heap_->attach([](void* peers, const Segment& segment,
                    uint64_t prefault_bytes) { static_cast<Peers*>(peers)->announce(segment, prefault_bytes); },
                 peers_.get());
-  const uint64_t first = std::max<uint64_t>(options.heap_bytes, kHugePage / 2);
-  heap_->add_segment(first, first);
+  const uint64_t prefault = std::max<uint64_t>(options.prefault_bytes, kHugePage / 2);
+  heap_->add_segment(std::max(options.heap_bytes, prefault), prefault);
 }
 
 Engine::~Engine() {
@@ -130,8 +130,9 @@ void Engine::await(const Events& previous, Step& step) {
 }
 
 std::shared_ptr<Event> Engine::run(bool background, const Interrupted& interrupted,
-                                   std::function<void(const Interrupted&)> body) {
+                                   std::function<void(const Interrupted&)> body, const Around& around) {
   Inside inside(*this);
+  if (background && around) return worker_.submit([body = std::move(body), around] { around([&] { body(nullptr); }); });
   if (background) return worker_.submit([body = std::move(body)] { body(nullptr); });
   join_background(interrupted);
   body(interrupted);
@@ -310,6 +311,16 @@ EngineStatistics Engine::statistics() const {
   return peers_ ? read_statistics() : at_close_;
 }
 
+uint32_t Engine::num_segments() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return heap_ ? heap_->num_segments() : static_cast<uint32_t>(at_close_.segments);
+}
+
+bool Engine::poisoned() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return poisoned_.has_value();
+}
+
 EngineStatistics Engine::read_statistics() const {
   EngineStatistics out;
   out.operations = counters_.operations;
@@ -320,6 +331,9 @@ EngineStatistics Engine::read_statistics() const {
   out.heap_bytes = heap_->total_bytes();
   out.held_bytes = heap_->held_bytes();
   out.segments = heap_->num_segments();
+  const std::vector<double> waited = peers_->waited();
+  for (int r = 0; r < options_.num_ranks; ++r)
+    if (r != options_.rank) out.wait_seconds.emplace_back(peers_->name(r), waited[r]);
   return out;
 }
 

@@ -23,7 +23,8 @@ struct EngineOptions {
   double timeout_seconds = 300;
   double spin_microseconds = 0;
   uint64_t max_heap_bytes = 0;
-  uint64_t heap_bytes = 0;  // prefaulted at construction
+  uint64_t heap_bytes = 0;      // address space of the first segment
+  uint64_t prefault_bytes = 0;  // of it, present in every mapping from construction on
   int num_threads = 1;
   std::vector<int> names;                          // what errors call each rank; empty: its number here
   std::shared_ptr<SharedMappings> share_mappings;  // tests only; see peers.hpp
@@ -38,7 +39,11 @@ struct EngineStatistics {
   uint64_t segments = 0;
   uint64_t moved_to_ordinary_memory = 0;
   uint64_t copied_combine_inputs = 0;
+  std::vector<std::pair<int, double>> wait_seconds;  // by the name of the rank that was seen last; not the own
 };
+
+// Calls its argument, in the thread that runs the operation.
+using Around = std::function<void(const std::function<void()>&)>;
 
 // Calls come from one thread at a time, in the same order on every rank. Everything before the shapes are known runs
 // in the calling thread, or behind earlier background work; the rest too, unless params ask for the background.
@@ -56,12 +61,15 @@ class Engine {
 
   std::unique_ptr<DispatchFlight> dispatch_begin(const DispatchParams& params, const Events& previous,
                                                  const Interrupted& interrupted);
-  void dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Interrupted& interrupted);
+  // `around`: what runs in the background runs inside of it.
+  void dispatch_move(DispatchFlight& flight, const DispatchOutputs& outputs, const Interrupted& interrupted,
+                     const Around& around = nullptr);
   // The same in pieces, for rows that come from other domains: any number of sources, then the end. Not background.
   void dispatch_place(DispatchFlight& flight, const Source& source, const Interrupted& interrupted);
   void dispatch_finish(DispatchFlight& flight, const DispatchOutputs& outputs, const Interrupted& interrupted);
   // Null: complete when it returned.
-  std::shared_ptr<Event> combine(const CombineParams& params, const Events& previous, const Interrupted& interrupted);
+  std::shared_ptr<Event> combine(const CombineParams& params, const Events& previous, const Interrupted& interrupted,
+                                 const Around& around = nullptr);
   // In pieces: publish and meet, any number of pulls, release.
   std::unique_ptr<CombineFlight> combine_begin(const CombineParams& params, const Events& previous,
                                                const Interrupted& interrupted);
@@ -89,6 +97,8 @@ class Engine {
   // destructor and returns false.
   bool close(double grace_seconds);
   EngineStatistics statistics() const;
+  uint32_t num_segments() const;
+  bool poisoned() const;
 
   // Tests: called in each phase, in the thread that runs it.
   void set_phase_hook(std::function<void(const char*)> hook) { hook_ = std::move(hook); }
@@ -119,9 +129,9 @@ class Engine {
   void join_background(const Interrupted& interrupted);
   // What must be complete before this rank publishes; if it failed, peers learn it at their rendezvous.
   void await(const Events& previous, Step& step);
-  // Runs `body(interrupted)` now, or behind earlier background work in the background.
+  // Runs `body(interrupted)` now, or behind earlier background work in the background, inside of `around`.
   std::shared_ptr<Event> run(bool background, const Interrupted& interrupted,
-                             std::function<void(const Interrupted&)> body);
+                             std::function<void(const Interrupted&)> body, const Around& around = nullptr);
 
   Record& next_record(Step& step);
   void publish(Step& step);

@@ -4,8 +4,6 @@
 
 #include <algorithm>
 
-#include "protocol/error.hpp"
-
 namespace deep_ep {
 namespace {
 
@@ -93,7 +91,7 @@ BlockPtr Heap::take(std::map<Place, uint64_t>::iterator extent, uint64_t bytes) 
   return block;
 }
 
-BlockPtr Heap::allocate(uint64_t bytes, bool prefault) {
+BlockPtr Heap::allocate(uint64_t bytes, bool populate) {
   std::lock_guard<std::mutex> lock(mutex_);
   collect();
   bytes = round_up(std::max<uint64_t>(bytes, 1), kAlignment);
@@ -101,10 +99,16 @@ BlockPtr Heap::allocate(uint64_t bytes, bool prefault) {
   for (auto it = free_.begin(); it != free_.end(); ++it)
     if (it->second >= bytes && (best == free_.end() || it->second < best->second)) best = it;
   if (best == free_.end()) {
-    // Doubling keeps the number of segments small; only what is asked for now is touched.
-    const uint64_t size = std::max(bytes, total_bytes_.load(std::memory_order_relaxed));
-    add_segment_locked(size, prefault ? bytes : 0);
+    // Doubling keeps the number of segments small; only what is asked for is touched.
+    add_segment_locked(std::max(bytes, total_bytes_.load(std::memory_order_relaxed)), 0);
     best = free_.find({segments_.size() - 1, kDataOffset});
+  }
+  if (populate) {
+    try {
+      segments_[best->first.first]->populate(best->first.second, bytes);
+    } catch (Error& error) {
+      rethrow_with_remedy(error);
+    }
   }
   return take(best, bytes);
 }
@@ -158,19 +162,24 @@ void Heap::add_segment_locked(uint64_t bytes, uint64_t prefault_bytes) {
   prefault_bytes = prefault_bytes ? std::min(round_up(prefault_bytes + kDataOffset, kHugePage), header.bytes) : 0;
   std::shared_ptr<Segment> segment;
   try {
-    segment = Segment::create(header, prefault_bytes);
+    segment = Segment::create(header);
+    segment->populate(0, prefault_bytes);
   } catch (Error& error) {
-    error.message +=
-        ". The heap has " + std::to_string(total_bytes() >> 20) + " MiB, of which " +
-        std::to_string(held_bytes() >> 20) +
-        " MiB are held. Remedy: free received tensors, use fewer tokens per call, or raise the limit of the "
-        "machine, the container or the process (ulimit -f, -v).";
-    throw;
+    rethrow_with_remedy(error);
   }
   segments_.push_back(segment);
+  num_segments_.store(static_cast<uint32_t>(segments_.size()), std::memory_order_relaxed);
   publish_(publish_context_, *segment, prefault_bytes);
   total_bytes_.fetch_add(header.bytes, std::memory_order_relaxed);
   insert_free(header.id, kDataOffset, header.bytes - kDataOffset);
+}
+
+void Heap::rethrow_with_remedy(Error& error) const {
+  error.message += ". The heap has " + std::to_string(total_bytes() >> 20) + " MiB, of which " +
+                   std::to_string(held_bytes() >> 20) +
+                   " MiB are held. Remedy: free received tensors, use fewer tokens per call, or raise the limit of the "
+                   "machine, the container or the process (ulimit -f, -v).";
+  throw error;
 }
 
 bool Heap::over_limit(uint64_t bytes) const {
@@ -188,11 +197,6 @@ bool Heap::locate(const void* data, uint64_t bytes, BlockRef* ref) const {
     }
   }
   return false;
-}
-
-uint32_t Heap::num_segments() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return static_cast<uint32_t>(segments_.size());
 }
 
 }  // namespace deep_ep

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/segment.hpp"
+#include "protocol/error.hpp"
 #include "protocol/wire.hpp"
 
 namespace deep_ep {
@@ -56,13 +57,15 @@ class Heap : public std::enable_shared_from_this<Heap> {
   void attach(Publish publish, void* context);
   void detach();
 
-  // A block of at least `bytes`; grows by a segment where no free extent holds it. `prefault`: touch new memory now
-  // (false for worst-case outputs, whose unused tail shall stay reserved). Throws Error when the system has no more.
-  BlockPtr allocate(uint64_t bytes, bool prefault = true);
+  // A block of at least `bytes`; grows by a segment where no free extent holds it. `populate`: its pages are present
+  // when this returns (false for worst-case outputs, whose unused tail stays reserved). Throws Error when the system
+  // has no more memory.
+  BlockPtr allocate(uint64_t bytes, bool populate = true);
   // From the free extent that fits `bytes` best, up to twice as much; from the largest one if none does; grows only if
   // there is none at all. For offers, which are made before the count is known: `trim` gives the tail back.
   BlockPtr allocate_extent(uint64_t bytes);
   void trim(Block& block, uint64_t bytes);
+  // `bytes` of address space, of which the first `prefault_bytes` become present in every rank's mapping.
   void add_segment(uint64_t bytes, uint64_t prefault_bytes);
 
   // Would users hold more than they may with this many bytes more?
@@ -72,7 +75,7 @@ class Heap : public std::enable_shared_from_this<Heap> {
 
   uint64_t held_bytes() const { return held_bytes_.load(std::memory_order_relaxed); }
   uint64_t total_bytes() const { return total_bytes_.load(std::memory_order_relaxed); }
-  uint32_t num_segments() const;
+  uint32_t num_segments() const { return num_segments_.load(std::memory_order_relaxed); }
   int owner_pid() const { return owner_pid_; }
 
  private:
@@ -81,6 +84,7 @@ class Heap : public std::enable_shared_from_this<Heap> {
 
   void collect();
   void add_segment_locked(uint64_t bytes, uint64_t prefault_bytes);
+  [[noreturn]] void rethrow_with_remedy(Error& error) const;
   void insert_free(uint64_t segment, uint64_t offset, uint64_t bytes);
   BlockPtr take(std::map<Place, uint64_t>::iterator extent, uint64_t bytes);
 
@@ -92,6 +96,7 @@ class Heap : public std::enable_shared_from_this<Heap> {
   std::atomic<Block*> returned_{nullptr};
   std::atomic<uint64_t> held_bytes_{0};
   std::atomic<uint64_t> total_bytes_{0};
+  std::atomic<uint32_t> num_segments_{0};
   Publish publish_ = nullptr;
   void* publish_context_ = nullptr;
 };

@@ -224,23 +224,27 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
   if (flight.staged) ++counters_.moved_to_ordinary_memory;
 
   enter(step, "map");
+  const bool expand = p.layout == Layout::expand;
   flight.destinations.resize(num_ranks);
-  for (int r = 0; r < num_ranks; ++r) {
+  for (int i = 0; i < num_ranks; ++i) {
+    // The own blocks first, so that pages which are new are brought in by all ranks side by side, each its own.
+    const int r = (options_.rank + i) % num_ranks;
     Destination& d = flight.destinations[r];
-    d.x = peers_->address(r, records[r].blocks[kX]);
+    const BlockRef &x = records[r].blocks[kX], &sf = records[r].blocks[kScaleFactors];
+    const int64_t tokens = p.cached ? 0 : p.counted ? p.tokens_to[r] : flight.matrix.tokens_to(r);
+    const int64_t rows = p.cached || !expand ? tokens : p.counted ? p.rows_to[r] : flight.expanded.rows[r];
+    // What a handle's targets fill is not known here: its blocks are exact.
+    d.x = peers_->address(r, x, p.cached ? x.bytes : static_cast<uint64_t>(rows * p.row_bytes));
     // A handle's targets are the caller's memory: rows that these blocks do not have are refused in `place`.
     d.row_limit = INT64_MAX;
     if (p.row_bytes) d.row_limit = static_cast<int64_t>(records[r].blocks[kX].bytes) / p.row_bytes;
     const int64_t weight_row = weight_bytes_of(p) * int64_t{p.layout == Layout::expand ? 1 : p.num_topk};
     if (p.cached && weight_row)
       d.row_limit = std::min(d.row_limit, static_cast<int64_t>(records[r].blocks[kScratch].bytes) / weight_row);
-    if (p.sf_bytes) d.sf = peers_->address(r, records[r].blocks[kScaleFactors]);
+    if (p.sf_bytes) d.sf = peers_->address(r, sf, p.cached ? sf.bytes : static_cast<uint64_t>(rows * p.sf_bytes));
     if (records[r].blocks[kScratch].bytes) d.scratch = peers_->address(r, records[r].blocks[kScratch]);
     if (p.cached) continue;
-    const bool expand = p.layout == Layout::expand;
-    const int64_t tokens = p.counted ? p.tokens_to[r] : flight.matrix.tokens_to(r);
-    const int64_t rows = !expand ? 0 : p.counted ? p.rows_to[r] : flight.expanded.rows[r];
-    d.layout = scratch_layout(p.layout, tokens, rows, p.num_topk, p.has_topk, weight_bytes_of(p));
+    d.layout = scratch_layout(p.layout, tokens, expand ? rows : 0, p.num_topk, p.has_topk, weight_bytes_of(p));
     if (p.counted) continue;
     for (int s = 0; s < options_.rank; ++s)
       d.first_token += flight.matrix.rank[static_cast<size_t>(s) * num_ranks + r];

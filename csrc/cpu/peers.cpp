@@ -48,13 +48,14 @@ std::shared_ptr<const Segment> SharedMappings::find(int rank, SegmentKind kind, 
 
 Peers::Peers(const PeersOptions& options)
     : options_(options),
-      own_segment_(Segment::create(control_header(options, options.rank), control_bytes(options.num_ranks))),
+      own_segment_(Segment::create(control_header(options, options.rank))),
       own_control_(reinterpret_cast<Control*>(own_segment_->base())),
       control_segments_(options.num_ranks),
       controls_(options.num_ranks, nullptr),
       pids_(options.num_ranks, 0),
       pidfds_(options.num_ranks, -1),
-      heaps_(options.num_ranks) {
+      heaps_(options.num_ranks),
+      waited_(options.num_ranks) {
   if (options.share_mappings) options.share_mappings->add(*own_segment_);
 }
 
@@ -81,15 +82,14 @@ void Peers::connect(const std::vector<SegmentAddress>& addresses) {
           throw Error(ErrorKind::general, "pidfd_open of rank " + std::to_string(name(r)) + " (process " +
                                               std::to_string(addresses[r].pid) + "): " + std::strerror(errno));
       }
-      control_segments_[r] = attach(addresses[r], control_header(options_, r), control_bytes(options_.num_ranks));
+      control_segments_[r] = attach(addresses[r], control_header(options_, r));
     }
     controls_[r] = reinterpret_cast<Control*>(control_segments_[r]->base());
   }
 }
 
-std::shared_ptr<const Segment> Peers::attach(const SegmentAddress& address, const SegmentHeader& expected,
-                                             uint64_t prefault_bytes) const {
-  if (!options_.share_mappings) return Segment::attach(address, expected, prefault_bytes);
+std::shared_ptr<const Segment> Peers::attach(const SegmentAddress& address, const SegmentHeader& expected) const {
+  if (!options_.share_mappings) return Segment::attach(address, expected);
   auto segment = options_.share_mappings->find(expected.rank, expected.kind, expected.id);
   if (!segment) throw Error(ErrorKind::general, "no shared mapping of rank " + std::to_string(name(expected.rank)));
   return segment;
@@ -99,12 +99,16 @@ void Peers::announce(const Segment& segment, uint64_t prefault_bytes) {
   if (options_.share_mappings) options_.share_mappings->add(segment);
   const uint32_t id = own_control_->num_segments.load(std::memory_order_relaxed);
   own_control_->segments[id] = {segment.fd(), 0, segment.bytes(), prefault_bytes};
-  own_segments_[id] = segment.base();
+  own_segments_[id] = &segment;
   own_control_->num_segments.store(id + 1, std::memory_order_release);
 }
 
-char* Peers::address(int r, const BlockRef& ref) {
-  if (r == rank()) return own_segments_[ref.segment] + ref.offset;
+char* Peers::address(int r, const BlockRef& ref, uint64_t used) {
+  if (r == rank()) {
+    const Segment& own = *own_segments_[ref.segment];
+    own.populate(ref.offset, used);
+    return own.base() + ref.offset;
+  }
   auto& mapped = heaps_[r];
   if (ref.segment >= mapped.size()) mapped.resize(ref.segment + 1);
   auto& segment = mapped[ref.segment];
@@ -118,7 +122,8 @@ char* Peers::address(int r, const BlockRef& ref) {
     header.id = ref.segment;
     header.bytes = entry.bytes;
     try {
-      segment = attach({pids_[r], entry.fd, entry.bytes}, header, entry.prefault_bytes);
+      segment = attach({pids_[r], entry.fd, entry.bytes}, header);
+      segment->populate(0, std::min(entry.prefault_bytes, entry.bytes));
     } catch (const Error& refused) {
       const std::string how = how_gone(r);
       if (how.empty()) throw;
@@ -131,6 +136,7 @@ char* Peers::address(int r, const BlockRef& ref) {
   }
   if (ref.bytes > segment->bytes() || ref.offset > segment->bytes() - ref.bytes)
     throw Error(ErrorKind::general, "rank " + std::to_string(name(r)) + " names a block that lies outside its segment");
+  segment->populate(ref.offset, std::min(used, ref.bytes));
   return segment->base() + ref.offset;
 }
 
@@ -161,16 +167,29 @@ void Peers::wait(std::atomic<uint64_t> Inbox::* word, uint64_t seq, const Where&
                  const std::vector<int>* sources) {
   const int count = sources ? static_cast<int>(sources->size()) : num_ranks();
   int next = 0;  // everybody before it has come
+  int late = 0;  // the last that was found missing
   auto all_here = [&] {
     while (next < count) {
       const int r = sources ? (*sources)[next] : next;
-      if ((inbox(r).*word).load(std::memory_order_acquire) < seq) return false;
+      if ((inbox(r).*word).load(std::memory_order_acquire) < seq) {
+        late = r;
+        return false;
+      }
       ++next;
     }
     return true;
   };
   if (all_here()) return;
   const double begin = now_seconds();
+  // However the wait ends.
+  struct Account {
+    std::vector<std::atomic<uint64_t>>& waited;
+    const int& late;
+    const double begin;
+    ~Account() {
+      waited[late].fetch_add(static_cast<uint64_t>((now_seconds() - begin) * 1e9), std::memory_order_relaxed);
+    }
+  } account{waited_, late, begin};
   if (options_.spin_microseconds > 0) {
     const double until = begin + options_.spin_microseconds * 1e-6;
     do {
@@ -196,13 +215,10 @@ void Peers::wait(std::atomic<uint64_t> Inbox::* word, uint64_t seq, const Where&
     if (now >= deadline && !missing.empty()) {
       char waited[32];
       std::snprintf(waited, sizeof waited, "%.1f", now - begin);
-      Error error(ErrorKind::timeout,
-                  std::string(name_of(where.op)) + " (operation " + std::to_string(seq) + ", phase " + where.phase +
-                      "): rank " + std::to_string(name(rank())) + " waited " + waited + " s for ranks " +
-                      join(names(missing)) +
-                      ". They are alive but did not come: look at what they do (py-spy dump --pid " +
-                      std::to_string(pids_[missing[0]]) +
-                      "), or raise the deadline (DEEP_EP_PY_TIMEOUT_SECONDS). Build a new buffer to go on.");
+      Error error(ErrorKind::timeout, std::string(name_of(where.op)) + " (operation " + std::to_string(seq) +
+                                          ", phase " + where.phase + "): rank " + std::to_string(name(rank())) +
+                                          " waited " + waited + " s for ranks " + join(names(missing)) + ". " +
+                                          advice_on_late_ranks(pids_[missing[0]]) + "Build a new buffer to go on.");
       error.ranks = names(missing);
       error.seconds = now - begin;
       throw error;
@@ -216,6 +232,13 @@ void Peers::wait(std::atomic<uint64_t> Inbox::* word, uint64_t seq, const Where&
     futex_wait(&own_control_->bell, bell, std::min(kNap, std::max(deadline - now, 1e-3)));
     own_control_->sleepers.fetch_sub(1, std::memory_order_seq_cst);
   }
+}
+
+std::vector<double> Peers::waited() const {
+  std::vector<double> seconds(waited_.size());
+  std::transform(waited_.begin(), waited_.end(), seconds.begin(),
+                 [](const auto& ns) { return static_cast<double>(ns.load(std::memory_order_relaxed)) * 1e-9; });
+  return seconds;
 }
 
 std::vector<int> Peers::names(std::vector<int> ranks) const {

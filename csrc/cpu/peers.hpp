@@ -1,6 +1,7 @@
 // The ranks of one scale-up domain as one of them sees it: control segments, mapped heaps, signals and waits.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <map>
 #include <memory>
@@ -71,8 +72,10 @@ class Peers {
 
   // A new segment of the own heap becomes known to peers, who map it when a record first names it.
   void announce(const Segment& segment, uint64_t prefault_bytes);
-  // Address of a peer's (or the own) block; maps the segment on first sight.
-  char* address(int rank, const BlockRef& ref);
+  // Address of a peer's (or the own) block; maps the segment on first sight. Of the block, the first `used` bytes
+  // become present in this mapping: those that are going to be written or read.
+  char* address(int rank, const BlockRef& ref, uint64_t used);
+  char* address(int rank, const BlockRef& ref) { return address(rank, ref, ref.bytes); }
   // Maps everything a peer has announced so far, so that the first operations find it touched.
   void map_all();
 
@@ -84,6 +87,9 @@ class Peers {
   void wait(std::atomic<uint64_t> Inbox::* word, uint64_t seq, const Where& where, const Interrupted& interrupted,
             const std::vector<int>* sources = nullptr);
 
+  // Seconds that this rank has waited, by the rank that was seen last in each wait. From any thread.
+  std::vector<double> waited() const;
+
   // Throws what a peer gave the buffer up for, if one did.
   void raise_if_poisoned(const Where& where);
   // Give the buffer up: peers that wait, or will, raise the same error.
@@ -92,8 +98,7 @@ class Peers {
   void cancel(const std::string& why);  // own waits end with an error; used by destroy
 
  private:
-  std::shared_ptr<const Segment> attach(const SegmentAddress& address, const SegmentHeader& expected,
-                                        uint64_t prefault_bytes) const;
+  std::shared_ptr<const Segment> attach(const SegmentAddress& address, const SegmentHeader& expected) const;
   void check_peers(const std::vector<int>& missing, std::atomic<uint64_t> Inbox::* word, uint64_t seq,
                    const Where& where);
   std::string how_gone(int rank);  // empty: it is there
@@ -108,7 +113,8 @@ class Peers {
   std::vector<int> pids_;
   std::vector<int> pidfds_;                                         // -1: a thread of this process
   std::vector<std::vector<std::shared_ptr<const Segment>>> heaps_;  // by rank, by segment id; own entry unused
-  char* own_segments_[kMaxSegments] = {};  // fixed: read by the worker while another thread grows the heap
+  const Segment* own_segments_[kMaxSegments] = {};  // fixed: read by the worker while another thread grows the heap
+  std::vector<std::atomic<uint64_t>> waited_;       // nanoseconds
   std::atomic<bool> cancelled_{false};
   std::string cancel_reason_;
 };

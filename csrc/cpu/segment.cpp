@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -33,7 +34,7 @@ bool same(const SegmentHeader& a, const SegmentHeader& b) {
 
 }  // namespace
 
-std::shared_ptr<Segment> Segment::create(const SegmentHeader& header, size_t prefault_bytes) {
+std::shared_ptr<Segment> Segment::create(const SegmentHeader& header) {
   auto segment = std::shared_ptr<Segment>(new Segment);
   // Readable and writable by the owner only; the name shows in /proc/<pid>/maps and nowhere in a file system.
   segment->fd_ = static_cast<int>(syscall(SYS_memfd_create, "deep_ep_py", MFD_CLOEXEC | MFD_ALLOW_SEALING));
@@ -43,13 +44,11 @@ std::shared_ptr<Segment> Segment::create(const SegmentHeader& header, size_t pre
     fail("a heap segment of " + megabytes(header.bytes) + " could not be sized");
   if (fcntl(segment->fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) fail("sealing a heap segment");
   segment->map(header.bytes, "a heap segment of " + megabytes(header.bytes));
-  segment->prefault(prefault_bytes);
   std::memcpy(segment->base_, &header, sizeof header);
   return segment;
 }
 
-std::shared_ptr<Segment> Segment::attach(const SegmentAddress& address, const SegmentHeader& expected,
-                                         size_t prefault_bytes) {
+std::shared_ptr<Segment> Segment::attach(const SegmentAddress& address, const SegmentHeader& expected) {
   const std::string path = "/proc/" + std::to_string(address.pid) + "/fd/" + std::to_string(address.fd);
   const std::string what = "segment of rank " + std::to_string(expected.rank) + " (" + path + ")";
   auto segment = std::shared_ptr<Segment>(new Segment);
@@ -67,7 +66,6 @@ std::shared_ptr<Segment> Segment::attach(const SegmentAddress& address, const Se
   if (!same(segment->header(), expected))
     throw Error(ErrorKind::general,
                 what + " is foreign, stale or corrupt: its header does not carry this buffer's identity");
-  segment->prefault(prefault_bytes);
   segment->close_fd();
   return segment;
 }
@@ -96,17 +94,31 @@ void Segment::map(size_t bytes, const std::string& what) {
   base_ = start;
   bytes_ = bytes;
   owner_pid_ = getpid();
+  populated_ = std::make_unique<std::atomic<bool>[]>((bytes + kHugePage - 1) / kHugePage);
   if (slack) madvise(base_, bytes_, MADV_HUGEPAGE);  // advice: without huge pages everything works, slower
 }
 
-void Segment::prefault(size_t bytes) {
-  if (bytes == 0) return;
-  bytes = bytes < bytes_ ? bytes : bytes_;
-  if (madvise(base_, bytes, MADV_POPULATE_WRITE) == 0) return;
+void Segment::populate(size_t offset, size_t bytes) const {
+  const size_t end = (offset + bytes + kHugePage - 1) / kHugePage;
+  for (size_t page = offset / kHugePage; page < end; ++page) {
+    if (populated_[page].load(std::memory_order_relaxed)) continue;
+    size_t last = page;
+    while (last < end && !populated_[last].load(std::memory_order_relaxed))
+      ++last;
+    const size_t begin = page * kHugePage;
+    populate_now(begin, std::min(last * kHugePage, bytes_) - begin);
+    for (; page < last; ++page)
+      populated_[page].store(true, std::memory_order_relaxed);
+  }
+}
+
+void Segment::populate_now(size_t offset, size_t bytes) const {
+  char* begin = base_ + offset;
+  if (madvise(begin, bytes, MADV_POPULATE_WRITE) == 0) return;
   if (errno == EINVAL) {  // before Linux 5.14: touch by hand, without changing what a peer may have written
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     for (size_t at = 0; at < bytes; at += page)
-      reinterpret_cast<std::atomic<uint8_t>*>(base_ + at)->fetch_or(0, std::memory_order_relaxed);
+      reinterpret_cast<std::atomic<uint8_t>*>(begin + at)->fetch_or(0, std::memory_order_relaxed);
     return;
   }
   fail("no memory for " + megabytes(bytes) + " of heap");

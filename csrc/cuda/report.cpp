@@ -163,9 +163,7 @@ Error timeout(const HostReport& report, const Circumstances& known) {
   std::snprintf(waited, sizeof waited, "%.1f", status.seconds);
   std::string text =
       where_of(status) + named(known.rank) + " waited " + waited + " s for ranks " + join(missing) + ". ";
-  if (!missing.empty() && missing[0] != known.rank)
-    text += "They are alive but did not come: look at what they do (py-spy dump --pid " +
-            std::to_string(known.peer(missing[0]).process) + "), or raise the deadline (DEEP_EP_PY_TIMEOUT_SECONDS). ";
+  if (!missing.empty() && missing[0] != known.rank) text += advice_on_late_ranks(known.peer(missing[0]).process);
   Error error(ErrorKind::timeout, text + "Build a new buffer to go on.");
   error.ranks = missing;
   error.seconds = status.seconds;

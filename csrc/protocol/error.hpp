@@ -48,6 +48,13 @@ inline const char* name_of(Op op) {
   return "operation";
 }
 
+// What to do about ranks that are alive and did not come before the deadline; `pid`: of the first of them.
+inline std::string advice_on_late_ranks(int64_t pid) {
+  return "They are alive but did not come: look at what they do (py-spy dump --pid " + std::to_string(pid) +
+         "). A rank whose first call runs under torch.compile may compile for minutes: then raise the deadline "
+         "(num_cpu_timeout_secs, Settings.timeout_seconds or DEEP_EP_PY_TIMEOUT_SECONDS). ";
+}
+
 inline std::string join(const std::vector<int>& ranks) {
   std::string text = "[";
   for (size_t i = 0; i < ranks.size(); ++i)

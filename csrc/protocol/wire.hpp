@@ -89,7 +89,7 @@ struct SegmentEntry {
   int32_t fd;  // in the owner's process
   uint32_t reserved;
   uint64_t bytes;
-  uint64_t prefault_bytes;  // how much of it every mapping should populate
+  uint64_t prefault_bytes;  // how much of it every mapping populates when it is made
 };
 
 // The control segment of one rank; `inbox[num_ranks]` follows it.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
 
 from ..errors import EPArgumentError, EPError, EPMismatchError, EPPeerError, EPTimeoutError
 from ..event import CompletionEvent
+from ..profiling import Range
 from ._worker import Completion, Worker
 
 T = TypeVar("T")
@@ -80,8 +82,15 @@ class Order:
             raise
         return results[0]
 
-    def start(self, op: str, step: Callable[[], object], event: CompletionEvent | None) -> None:
-        """Run a step now, or after the background operations before it where there is an event to end."""
+    @property
+    def poisoned(self) -> bool:
+        return self._poison is not None
+
+    def start(
+        self, op: str, step: Callable[[], object], event: CompletionEvent | None, span: Range | None = None
+    ) -> None:
+        """Run a step now, or after the background operations before it where there is an event to end; then in
+        ``span``."""
         if event is None:
             self.run(op, step, background=False)
             return
@@ -91,7 +100,7 @@ class Order:
 
         def job() -> None:
             try:
-                with torch.inference_mode(inference):
+                with torch.inference_mode(inference), span or nullcontext():
                     self._guarded(step)
             except BaseException as e:
                 event.end(e)

@@ -91,7 +91,7 @@ class OrderedBackend(ABC):
                 self._deliver(begun)
             turn.finish()
 
-        self._order.start("dispatch", deliver, flight.event)
+        self._order.start("dispatch", deliver, flight.event, flight.span)
 
     def dispatch_recv(self, flight: Flight) -> Dispatched:
         result: Dispatched = flight.result
@@ -119,7 +119,7 @@ class OrderedBackend(ABC):
                 self._combine(spec, previous, result)
             turn.finish()
 
-        self._order.start("combine", combine, flight.event)
+        self._order.start("combine", combine, flight.event, flight.span)
 
     def combine_recv(self, flight: Flight) -> Combined:
         result: Combined = flight.result
@@ -140,6 +140,9 @@ class OrderedBackend(ABC):
 
     def statistics(self) -> Statistics:
         return copy.deepcopy(self._statistics)
+
+    def poisoned(self) -> bool:
+        return self._order.poisoned
 
     def close(self) -> None:
         """Wait for this rank's own operations in flight, then leave; peers are not waited for."""

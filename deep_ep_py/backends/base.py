@@ -25,6 +25,7 @@ import torch
 from ..errors import EPError
 from ..event import CompletionEvent
 from ..plans import Plan, PlanLayout
+from ..profiling import Range
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
 
 
@@ -36,11 +37,13 @@ class Flight:
         result: what the operation delivers; tensors exist from ``prepare`` on and are complete after the last half.
         event: completion of a background operation; None for one that runs in the calling thread.
         state: the backend's own.
+        span: the profiler's range for what is left to a thread in the background; None: there is no profiler.
     """
 
     result: Any
     event: CompletionEvent | None = None
     state: Any = None
+    span: Range | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +78,11 @@ class Statistics:
         heap_bytes: of this rank's heap. held_bytes: of it, in tensors and under way. segments: pieces it grew in.
         moved_to_ordinary_memory: results that did not stay in the heap, because the user holds its limit already.
         copied_combine_inputs: combines whose rows had to be copied into the heap first.
-        wait_seconds: by rank of the rail, seconds that this rank has waited for what that one sends across domains.
+        wait_seconds: by rank, seconds that this rank has waited for it. A wait for several ranks counts for the one
+            that was seen last, so the largest number names the rank that holds the others up. ``collective`` learns it
+            one operation later: when all ranks met, the one that waited least came last, and the others waited for it,
+            by as much as they waited longer. Over several domains: the ranks of this rank's rail and of its domain.
+            Empty where kernels wait (``cuda_peer``).
     """
 
     operations: int = 0
@@ -89,21 +96,8 @@ class Statistics:
     wait_seconds: dict[int, float] = field(default_factory=dict)
 
 
-class Backend(Protocol):
-    """A mover of rows. ``previous`` are events to be waited for before anything is published.
-
-    Attributes:
-        device: of every tensor that it takes and makes. comm_stream: the torch.cuda.Stream on which rows move; None
-            where there are no streams.
-    """
-
-    name: str
-    rank: int
-    num_ranks: int
-    device: torch.device
-
-    @property
-    def comm_stream(self) -> Any: ...
+class Mover(Protocol):
+    """What moves the rows of operations. ``previous`` are events to be waited for before anything is published."""
 
     def prepare(
         self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
@@ -126,6 +120,23 @@ class Backend(Protocol):
     def abort(self, flight: Flight) -> None:
         """A prepared dispatch will not be sent: the buffer is poisoned, so that peers do not wait for its rows."""
 
+
+class Backend(Mover, Protocol):
+    """A mover of rows, and all that belongs to one.
+
+    Attributes:
+        device: of every tensor that it takes and makes. comm_stream: the torch.cuda.Stream on which rows move; None
+            where there are no streams.
+    """
+
+    name: str
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+    @property
+    def comm_stream(self) -> Any: ...
+
     def barrier(self, *, host: bool = True) -> None:
         """Return when every rank has called it; earlier operations are then complete here. With ``host`` off, where
         operations are those of a stream, only the stream waits."""
@@ -140,6 +151,9 @@ class Backend(Protocol):
         """A tensor from which combine needs no copy, where the backend has such memory; else an ordinary one."""
 
     def statistics(self) -> Statistics: ...
+
+    def poisoned(self) -> bool:
+        """Whether a failure has made every later operation impossible, where the error's type does not say it."""
 
     def close(self) -> None:
         """Give everything back. Idempotent, not collective; tensors and plans stay valid."""

@@ -12,8 +12,10 @@ waits for the device, and none can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -28,7 +30,7 @@ from ._checks import check_combine, check_dispatch, check_worst_case, combine_ag
 from ._deliver import Delivery, allocate
 from ._ordered import OrderedBackend
 from ._recipe import combine_rows, combine_weights, positions
-from ._record import all_gather
+from ._record import Record, all_gather
 from ._routing import Counts, on_host, own_layout, routing_on_host
 
 __all__ = ["CollectiveBackend"]
@@ -49,6 +51,8 @@ class CollectiveBackend(OrderedBackend):
 
     def __init__(self, communicator: Communicator, settings: Settings, device: torch.device = CPU) -> None:
         super().__init__(communicator.rank, communicator.size, device)
+        self._statistics.wait_seconds = {r: 0.0 for r in range(self.num_ranks) if r != self.rank}
+        self._gathered = self._waited = 0.0  # seconds: the last gather; the gather of the last operation's records
         communicator.exchange(b"", timeout=settings.connect_timeout_seconds, what="backend collective")
         self._channel = communicator.open_rows(timeout=settings.timeout_seconds)
         #: Of what lies on the device.
@@ -151,7 +155,29 @@ class CollectiveBackend(OrderedBackend):
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
-        return all_gather(self._channel, self.num_ranks, own)
+        begin = time.monotonic()
+        everyones = all_gather(self._channel, self.num_ranks, own)
+        self._gathered = time.monotonic() - begin
+        return everyones
+
+    def _meet(
+        self,
+        op: str,
+        agree: dict[str, int | str],
+        tell: dict[str, Any],
+        check: Callable[[], None] = lambda: None,
+        previous: Sequence[CompletionEvent] = (),
+    ) -> list[Record]:
+        """Nobody sees who came last to an exchange of all ranks, but that rank waited least: each tells in its next
+        record how long it waited."""
+        tell["waited"] = self._waited
+        records = super()._meet(op, agree, tell, check, previous)
+        waits = [r.tell["waited"] for r in records]
+        last = waits.index(min(waits))
+        if last != self.rank:
+            self._statistics.wait_seconds[last] += waits[self.rank] - waits[last]
+        self._waited = self._gathered
+        return records
 
     def _tell_peers(self, error: EPError) -> None:  # noqa: ARG002
         self._release()

@@ -102,7 +102,8 @@ class HybridBackend(OrderedBackend):
         inside, found = self._domain.statistics(), super().statistics()
         for name in ("heap_bytes", "held_bytes", "segments", "moved_to_ordinary_memory", "copied_combine_inputs"):
             setattr(found, name, getattr(inside, name))
-        found.wait_seconds = {r: s for r, s in zip(self.domains.rail, self._rail.waited, strict=True) if r != self.rank}
+        across = {r: s for r, s in zip(self.domains.rail, self._rail.waited, strict=True) if r != self.rank}
+        found.wait_seconds = dict(sorted((inside.wait_seconds | across).items()))
         return found
 
     def _release(self) -> None:

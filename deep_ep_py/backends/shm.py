@@ -14,6 +14,7 @@ from .. import _C
 from ..communicator import Communicator
 from ..errors import EPBackendUnavailableError, EPError
 from ..event import CompletionEvent
+from ..notices import HeapNotices
 from ..plans import LAYOUTS, Plan, plan_words
 from ..settings import Settings, available_memory_bytes
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
@@ -66,14 +67,16 @@ class ShmBackend:
         heap_bytes: int,
         num_cores: int,
         names: Sequence[int] = (),
+        prefault_bytes: int = 0,
     ) -> None:
         """Map everyone's heap.
 
         Args:
             epoch: random, equal on all ranks; the identity of this construction.
-            heap_bytes: heap to prefault.
+            heap_bytes: heap to reserve: address space, whose pages cost nothing until they are used.
             num_cores: cores that this process may use.
             names: what errors call these ranks, where they are a part of the buffer's.
+            prefault_bytes: of the heap, what is present in every rank's mapping from the start.
 
         Raises:
             EPBackendUnavailableError: on every rank, if one of them could not map a peer; says who and why.
@@ -105,6 +108,7 @@ class ShmBackend:
                 spin_microseconds=spin,
                 max_heap_bytes=limit,
                 heap_bytes=min(heap_bytes, limit),
+                prefault_bytes=min(prefault_bytes, limit),
                 num_threads=settings.num_threads or max(1, num_cores // self.num_ranks),
                 names=list(names),
             )
@@ -119,6 +123,8 @@ class ShmBackend:
         exchange("mapping", {"refused": refused})
         # Inputs and results of background operations, until these are complete: the core has only addresses.
         self._in_flight: deque[tuple[CompletionEvent, Any]] = deque()
+        self._notices = HeapNotices(names[self.rank] if names else self.rank, limit)
+        self._num_segments = self._engine.num_segments
 
     def prepare(
         self, spec: DispatchSpec, *, background: bool = False, previous: Sequence[CompletionEvent] = ()
@@ -172,6 +178,8 @@ class ShmBackend:
             background=background,
             previous=self._core_events("dispatch", previous),
         )
+        if self._engine.num_segments != self._num_segments:  # by this dispatch, or by an operation before it
+            self._note_growth()
         rows = flight.num_output_rows
         if plan is None:
             plan = Plan.of(packed)
@@ -187,7 +195,10 @@ class ShmBackend:
     ) -> Dispatched:
         """Output tensors: rows in heap blocks (ordinary memory where the user holds too much), the rest ordinary."""
         x, sf = spec.x, spec.sf
-        in_heap = not flight.staged and rows > 0
+        staged = flight.staged
+        if staged:
+            self._notices.ordinary_memory(self.statistics().held_bytes)
+        in_heap = not staged and rows > 0
         recv_x = _take(flight.take_x, (rows, x.shape[1]), x.dtype, in_heap)
         recv_sf = None
         if sf is not None:
@@ -225,6 +236,7 @@ class ShmBackend:
             recv_topk_idx=address(out.recv_topk_idx),
             recv_topk_weights=address(out.recv_topk_weights),
             recv_meta=address(out.recv_meta),
+            around=None if flight.span is None else flight.span.around,
         )
         if background:
             self._keep(flight)
@@ -276,6 +288,7 @@ class ShmBackend:
             max_threads=spec.max_threads,
             background=background,
             previous=self._core_events("combine", previous),
+            around=None if flight.span is None else flight.span.around,
         )
         if background:
             self._keep(flight)
@@ -303,6 +316,9 @@ class ShmBackend:
         counters: dict[str, Any] = self._engine.statistics()
         return Statistics(**counters)
 
+    def poisoned(self) -> bool:
+        return self._engine.poisoned()
+
     def set_phase_hook(self, hook: Any) -> None:
         """For tests: ``hook(phase)`` is called in every phase of every operation, in the thread that runs it."""
         self._engine.set_phase_hook(hook)
@@ -317,9 +333,15 @@ class ShmBackend:
         stored, code, bits = _as_stored(shape, dtype)
         capsule = self._engine.allocate(shape=stored, code=code, bits=bits)
         if capsule is None:
+            self._notices.ordinary_memory(self.statistics().held_bytes)
             return None
         tensor = from_dlpack(capsule)
         return tensor if dtype in _DLPACK else tensor.view(dtype)
+
+    def _note_growth(self) -> None:
+        statistics = self.statistics()
+        self._num_segments = statistics.segments
+        self._notices.growth(statistics.segments, statistics.heap_bytes)
 
     def _core_events(self, op: str, previous: Sequence[CompletionEvent]) -> Sequence[_C.Event]:
         """The core waits for its own events in the right thread; foreign ones are waited for here."""
