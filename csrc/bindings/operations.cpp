@@ -31,6 +31,7 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
   const int num_local = static_cast<int>(v.integer());
   p.placement.rank = v.pointer<int32_t>();
   p.placement.local = v.pointer<int32_t>();
+  p.placement_hash = v.integer();
   const PackedPlan plan(v.pointer<int64_t>());
   if (!p.cached)
     plan.set_shape(p.layout, p.num_tokens, p.layout == Layout::rank ? engine.num_ranks() : p.num_topk,
@@ -42,6 +43,7 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
   p.expert_counts = plan.expert_counts();
   if (p.cached) {
     p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
+    p.sent_minus_received = plan[kPlanSentMinusReceived];
     p.num_rows = plan[kPlanRows];
   }
   p.x = v.pointer<void>();
@@ -51,6 +53,8 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
   p.dtype = v.unsigned_integer();
   p.sf = v.pointer<void>();
   p.sf_bytes = v.integer();
+  p.sf_dtype = v.unsigned_integer();
+  p.carries = static_cast<int>(v.integer());
   p.expert_alignment = static_cast<int>(v.integer());
   p.zero_padding = v.flag();
   p.mask_weights = v.flag();
@@ -104,6 +108,7 @@ PyObject* combine(PyEngine& self, Values& v) {
   pull.num_slots = static_cast<int>(plan[kPlanSlots]);
   pull.targets = plan.targets();
   p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
+  p.sent_minus_received = plan[kPlanSentMinusReceived];
   p.y = v.pointer<void>();
   p.y_rows = v.integer();
   p.y_stride_bytes = v.integer();
@@ -119,6 +124,7 @@ PyObject* combine(PyEngine& self, Values& v) {
   pull.reduce_per_rank = v.flag();
   pull.out = v.pointer<void>();
   pull.out_weights = v.pointer<void>();
+  p.carries = static_cast<int>(v.integer());
   p.max_threads = static_cast<int>(v.integer());
   p.background = v.flag();
   const Events after = events_of(v.object());
@@ -150,6 +156,7 @@ void add_operations(py::handle type) {
                                           "num_local",
                                           "expert_rank",
                                           "expert_local",
+                                          "placement_hash",
                                           "plan",
                                           "x",
                                           "x_stride_bytes",
@@ -158,6 +165,8 @@ void add_operations(py::handle type) {
                                           "dtype",
                                           "sf",
                                           "sf_bytes",
+                                          "sf_dtype",
+                                          "carries",
                                           "expert_alignment",
                                           "zero_padding",
                                           "mask_weights",
@@ -171,9 +180,10 @@ void add_operations(py::handle type) {
       type, "dispatch_move",
       {"flight", "recv_x", "recv_sf", "recv_sf_leading", "recv_topk_idx", "recv_topk_weights", "recv_meta"});
   Method<PyEngine, &combine>::add(type, "combine",
-                                  {"plan", "y", "y_rows", "y_stride_bytes", "row_bytes", "hidden", "dtype", "weights",
-                                   "weight_bytes", "num_weights", "num_bias", "bias0", "bias1", "reduce_per_rank",
-                                   "out", "out_weights", "max_threads", "background", "previous"});
+                                  {"plan",        "y",       "y_rows",      "y_stride_bytes",  "row_bytes",
+                                   "hidden",      "dtype",   "weights",     "weight_bytes",    "num_weights",
+                                   "num_bias",    "bias0",   "bias1",       "reduce_per_rank", "out",
+                                   "out_weights", "carries", "max_threads", "background",      "previous"});
 }
 
 }  // namespace deep_ep

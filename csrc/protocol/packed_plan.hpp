@@ -30,9 +30,10 @@ enum PlanWord {
   kPlanDomains,  // 0: one hop
   kPlanRelayed,
   kPlanRelaySlots,
+  kPlanSentMinusReceived,  // of a V1 handle's tensors; else 0
   kPlanHeaderWords
 };
-constexpr int64_t kPlanMagicValue = 0x32'4e'41'4c'50'50'45'44;  // "DEPPLAN2"
+constexpr int64_t kPlanMagicValue = 0x33'4e'41'4c'50'50'45'44;  // "DEPPLAN3"
 
 DEEP_EP_HOST_DEVICE inline int64_t plan_count_words(int64_t num_ranks, int64_t num_local) {
   return (num_ranks * num_ranks + num_local + 1) / 2;
@@ -55,7 +56,7 @@ class PackedPlan {
   DEEP_EP_HOST_DEVICE int64_t* targets() const {
     return words_ + kPlanHeaderWords + plan_count_words(words_[kPlanRanks], words_[kPlanLocal]);
   }
-  // The sizes that place the parts; before anything else.
+  // The sizes that place the parts; before `expert_counts` and `targets` are asked for.
   DEEP_EP_HOST_DEVICE void set_shape(Layout layout, int64_t num_tokens, int num_slots, int num_ranks, int rank,
                                      int num_local) const {
     words_[kPlanMagic] = kPlanMagicValue;
@@ -65,7 +66,9 @@ class PackedPlan {
     words_[kPlanRanks] = num_ranks;
     words_[kPlanRank] = rank;
     words_[kPlanLocal] = num_local;
-    words_[kPlanDomains] = words_[kPlanRelayed] = words_[kPlanRelaySlots] = 0;
+    words_[kPlanDomains] = words_[kPlanRelayed] = words_[kPlanRelaySlots] = words_[kPlanSentMinusReceived] = 0;
+    // Counts are half as long as words: nothing of the plan stays undefined.
+    if ((num_ranks * num_ranks + num_local) % 2) expert_counts()[num_local] = 0;
   }
 
  private:

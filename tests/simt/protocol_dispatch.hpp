@@ -77,7 +77,7 @@ inline bool Dispatch::operator()(Rank& me, std::vector<int64_t>* plan_out, int64
   const int R = me.num_ranks, E = shape.num_experts, num_local = experts.num_local(me.rank);
   const Routing& mine = routing[me.rank];
   const bool expand = shape.layout == Layout::expand;
-  std::vector<int64_t> plan(plan_words(mine.num_tokens, mine.num_slots, R, num_local), 99), refused(4);
+  std::vector<int64_t> plan(plan_words(mine.num_tokens, mine.num_slots, R, num_local), 99), refused(5);
   std::vector<int64_t> first_row(expand ? E : R, -5);
   std::vector<int32_t> matrix_words(static_cast<size_t>(R) * (R + E));
   std::vector<int64_t> workspace((layout_workspace_bytes(shape.layout, mine.num_tokens, R, E) + 7) / 8);
@@ -121,7 +121,6 @@ inline bool Dispatch::operator()(Rank& me, std::vector<int64_t>* plan_out, int64
   p.rank_begin = experts.begin.data();
   p.matrix = matrix_words.data();
   p.first_row = first_row.data();
-  p.epoch = 1234;
   p.destinations = destinations.data();
   p.resolve_outputs = shape.fixed;
   p.row_bytes = shape.row_bytes;
@@ -154,7 +153,7 @@ inline bool Dispatch::operator()(Rank& me, std::vector<int64_t>* plan_out, int64
   expect(std::equal(prefix.begin(), prefix.end(), packed.rank_prefix()), "rank_prefix");
   expect(std::equal(exact.begin(), exact.end(), packed.expert_counts()), "plan's expert counts");
   if (shape.layout == Layout::rank)
-    expect(packed[kPlanDigest] == static_cast<int64_t>(hash_bytes(prefix.data(), prefix.size() * 4, 0)), "V1's digest");
+    expect(packed[kPlanDigest] == static_cast<int64_t>(prefix_digest(prefix.data(), R)), "V1's digest");
   expect(packed[kPlanDigest] == s.digest && s.digest != 0, "digest");
   // Relative targets and first rows together are the final targets.
   std::vector<int64_t> final_targets(mine.targets);
