@@ -36,11 +36,14 @@ class Plan(NamedTuple):
         num_rows: rows of this rank's output that the plan fills or spans (expanded: alignment gaps included).
         num_output_rows: rows of the output tensors (``num_rows``, or the worst case where counts were not synced).
         num_recv_tokens: unique tokens received, N.
-        digest: equal on all ranks for one plan, different for different counts; guards against mixed-up handles.
+        digest: equal on all ranks for one plan; a function of every rank's routing, so that plans of different routings
+            have different ones (layout ``rank``: of the counts alone). Guards against mixed-up handles.
         expert_alignment: the multiple at which expanded blocks start, and to which reported counts are rounded up.
         num_max_tokens_per_rank: M, the stride of global token indices in the metadata.
         num_domains: D where rows take two hops, across domains and inside one; 0 where they take one.
         num_relayed, relay_slots: tokens of other domains that this rank places for its rail; columns of their targets.
+        sent_minus_received: of the plan behind a V1 handle: hashes of the tokens that this rank sends minus hashes of
+            those that it receives. They add up to 0 (modulo 2**64) over the ranks' plans of one dispatch. Else 0.
 
     On a GPU the header may be there alone: ``num_rows``, ``num_recv_tokens`` and ``digest`` are -1 where the host never
     waited for the counts.
@@ -62,6 +65,7 @@ class Plan(NamedTuple):
     num_domains: int
     num_relayed: int
     relay_slots: int
+    sent_minus_received: int = 0
 
     @classmethod
     def of(cls, packed: torch.Tensor) -> Plan:
@@ -119,7 +123,7 @@ class Plan(NamedTuple):
         sizes = (*targets.shape, rank_prefix.shape[0], rank, expert_counts.numel())
         rest = (num_rows, num_output_rows, num_recv_tokens, digest, expert_alignment, num_max_tokens_per_rank)
         hops = (0, 0, 0) if relay_counts is None or relay is None else (relay_counts.shape[0], *relay.shape)
-        words = (_C.plan_magic, LAYOUTS.index(layout), *sizes, *rest, *hops)
+        words = (_C.plan_magic, LAYOUTS.index(layout), *sizes, *rest, *hops, 0)
         header = torch.tensor(words, dtype=torch.int64, device=targets.device)
         counts = torch.cat([rank_prefix.flatten(), expert_counts]).to(torch.int32)
         if counts.numel() % 2:
