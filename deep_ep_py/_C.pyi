@@ -25,19 +25,11 @@ plan_magic: int
 
 def read_plan(
     plan: int, words: int, /
-) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int, int, int]: ...
+) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int, int]: ...
 def copy_expert_counts(plan: int, out: int, /) -> None: ...
 def heads_of_plan(*, plan: int, send_head: int) -> None: ...
 def plan_from_heads(
-    *,
-    send_head: int,
-    prefix: int,
-    recv_src_idx: int,
-    rank: int,
-    num_ranks: int,
-    num_tokens: int,
-    num_output_rows: int,
-    plan: int,
+    *, send_head: int, prefix: int, rank: int, num_ranks: int, num_tokens: int, num_output_rows: int, plan: int
 ) -> None: ...
 def sent_minus_received(*, plan: int, recv_src_idx: int) -> int: ...
 def hash_routing(*, topk_idx: int, num_tokens: int, num_topk: int) -> int: ...
@@ -153,6 +145,7 @@ class Engine:
         expert_local: int,
         placement_hash: int,
         plan: int,
+        sent_minus_received: int,
         x: int,
         x_stride_bytes: int,
         row_bytes: int,
@@ -187,6 +180,7 @@ class Engine:
         self,
         *,
         plan: int,
+        sent_minus_received: int,
         y: int,
         y_rows: int,
         y_stride_bytes: int,

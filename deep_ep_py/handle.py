@@ -210,11 +210,7 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int, device: torch.device) -> P
         recv_src_meta = handle[7]
         if not torch.is_tensor(recv_src_meta) or recv_src_meta.shape != (plan.num_output_rows,):
             raise EPArgumentError.of("handle (recv_src_meta)", f"{plan.num_output_rows} entries", "another shape")
-        if not plan.packed.is_cpu or not recv_src_meta.is_cpu:
-            return plan
-        meta = recv_src_meta.to(torch.int32).contiguous()
-        tokens = _C.sent_minus_received(plan=plan.packed.data_ptr(), recv_src_idx=meta.data_ptr())
-        return plan._replace(sent_minus_received=tokens)
+        return _with_tokens(plan, recv_src_meta)
     if not isinstance(handle, tuple | list) or len(handle) != 6 or not all(torch.is_tensor(t) for t in handle):
         raise EPArgumentError.of("handle", "the tuple that dispatch returned", f"{type(handle).__name__}")
     prefix, _, _, recv_src_idx, is_token_in_rank, send_head = handle
@@ -243,13 +239,11 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int, device: torch.device) -> P
         raise EPArgumentError.of("handle (recv_src_idx)", f"at least {num_rows} entries", tuple(recv_src_idx.shape))
     # On a GPU the core sees no tokens, which it could not read: it makes the header, and the targets are made there.
     send_head, num_tokens = send_head.contiguous(), send_head.shape[0]
-    recv_src_idx = recv_src_idx.contiguous()
     read = num_tokens if send_head.is_cpu else 0
     packed = torch.empty(plan_words(read, num_ranks, num_ranks, 0), dtype=torch.int64, device="cpu")
     _C.plan_from_heads(
         send_head=send_head.data_ptr() if read else 0,
         prefix=prefix.data_ptr(),
-        recv_src_idx=recv_src_idx.data_ptr() if recv_src_idx.is_cpu else 0,
         rank=rank,
         num_ranks=num_ranks,
         num_tokens=read,
@@ -257,7 +251,20 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int, device: torch.device) -> P
         plan=packed.data_ptr(),
     )
     plan = Plan.of(packed)
-    return plan if send_head.is_cpu else plan_from_heads(plan, on_device, send_head)
+    return _with_tokens(plan, recv_src_idx) if send_head.is_cpu else plan_from_heads(plan, on_device, send_head)
+
+
+def _with_tokens(plan: Plan, recv_src_idx: torch.Tensor) -> Plan:
+    """The plan with what tells it from plans of equal counts. On a GPU nothing does: the host would have to wait.
+
+    Args:
+        recv_src_idx: [rows] int32, the tokens that were received, by their index at the source.
+    """
+    if not plan.packed.is_cpu or recv_src_idx.dtype != torch.int32 or not recv_src_idx.is_cpu:
+        return plan
+    recv_src_idx = recv_src_idx.contiguous()
+    tokens = _C.sent_minus_received(plan=plan.packed.data_ptr(), recv_src_idx=recv_src_idx.data_ptr())
+    return plan._replace(sent_minus_received=tokens)
 
 
 def plan_from_heads(empty: Plan, prefix: torch.Tensor, send_head: torch.Tensor) -> Plan:

@@ -123,7 +123,7 @@ class Plan(NamedTuple):
         sizes = (*targets.shape, rank_prefix.shape[0], rank, expert_counts.numel())
         rest = (num_rows, num_output_rows, num_recv_tokens, digest, expert_alignment, num_max_tokens_per_rank)
         hops = (0, 0, 0) if relay_counts is None or relay is None else (relay_counts.shape[0], *relay.shape)
-        words = (_C.plan_magic, LAYOUTS.index(layout), *sizes, *rest, *hops, 0)
+        words = (_C.plan_magic, LAYOUTS.index(layout), *sizes, *rest, *hops)
         header = torch.tensor(words, dtype=torch.int64, device=targets.device)
         counts = torch.cat([rank_prefix.flatten(), expert_counts]).to(torch.int32)
         if counts.numel() % 2:

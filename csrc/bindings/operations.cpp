@@ -43,9 +43,9 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
   p.expert_counts = plan.expert_counts();
   if (p.cached) {
     p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
-    p.sent_minus_received = plan[kPlanSentMinusReceived];
     p.num_rows = plan[kPlanRows];
   }
+  p.sent_minus_received = v.integer();
   p.x = v.pointer<void>();
   p.x_stride_bytes = v.integer();
   p.row_bytes = v.integer();
@@ -108,7 +108,7 @@ PyObject* combine(PyEngine& self, Values& v) {
   pull.num_slots = static_cast<int>(plan[kPlanSlots]);
   pull.targets = plan.targets();
   p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
-  p.sent_minus_received = plan[kPlanSentMinusReceived];
+  p.sent_minus_received = v.integer();
   p.y = v.pointer<void>();
   p.y_rows = v.integer();
   p.y_stride_bytes = v.integer();
@@ -158,6 +158,7 @@ void add_operations(py::handle type) {
                                           "expert_local",
                                           "placement_hash",
                                           "plan",
+                                          "sent_minus_received",
                                           "x",
                                           "x_stride_bytes",
                                           "row_bytes",
@@ -180,10 +181,27 @@ void add_operations(py::handle type) {
       type, "dispatch_move",
       {"flight", "recv_x", "recv_sf", "recv_sf_leading", "recv_topk_idx", "recv_topk_weights", "recv_meta"});
   Method<PyEngine, &combine>::add(type, "combine",
-                                  {"plan",        "y",       "y_rows",      "y_stride_bytes",  "row_bytes",
-                                   "hidden",      "dtype",   "weights",     "weight_bytes",    "num_weights",
-                                   "num_bias",    "bias0",   "bias1",       "reduce_per_rank", "out",
-                                   "out_weights", "carries", "max_threads", "background",      "previous"});
+                                  {"plan",
+                                   "sent_minus_received",
+                                   "y",
+                                   "y_rows",
+                                   "y_stride_bytes",
+                                   "row_bytes",
+                                   "hidden",
+                                   "dtype",
+                                   "weights",
+                                   "weight_bytes",
+                                   "num_weights",
+                                   "num_bias",
+                                   "bias0",
+                                   "bias1",
+                                   "reduce_per_rank",
+                                   "out",
+                                   "out_weights",
+                                   "carries",
+                                   "max_threads",
+                                   "background",
+                                   "previous"});
 }
 
 }  // namespace deep_ep

@@ -64,9 +64,8 @@ void heads_of_plan(Address address, Address send_head) {
                      static_cast<int>(plan[kPlanRanks]), plan[kPlanTokens], at<int32_t>(send_head));
 }
 
-// `recv_src_idx` [num_output_rows]; 0: its tokens are not compared.
-void plan_from_heads(Address send_head, Address prefix, Address recv_src_idx, int rank, int num_ranks,
-                     int64_t num_tokens, int64_t num_output_rows, Address address) {
+void plan_from_heads(Address send_head, Address prefix, int rank, int num_ranks, int64_t num_tokens,
+                     int64_t num_output_rows, Address address) {
   const PackedPlan plan(at<int64_t>(address));
   plan.set_shape(Layout::rank, num_tokens, num_ranks, num_ranks, rank, 0);
   const size_t entries = static_cast<size_t>(num_ranks) * num_ranks;
@@ -75,9 +74,6 @@ void plan_from_heads(Address send_head, Address prefix, Address recv_src_idx, in
   plan[kPlanRows] = plan[kPlanRecvTokens] = plan.rank_prefix()[entries - static_cast<size_t>(num_ranks) + rank];
   plan[kPlanOutputRows] = num_output_rows;
   plan[kPlanDigest] = static_cast<int64_t>(prefix_digest(plan.rank_prefix(), num_ranks));
-  if (recv_src_idx)
-    plan[kPlanSentMinusReceived] = sent_minus_received(plan.targets(), plan.rank_prefix(), at<int32_t>(recv_src_idx),
-                                                       rank, num_ranks, num_tokens, num_output_rows);
   plan[kPlanAlignment] = 1;
   plan[kPlanMaxTokens] = 0;
 }
@@ -143,9 +139,8 @@ void bind_plans(py::module_& m) {
   m.def("read_plan", &read_plan, py::arg("plan"), py::arg("words"), py::pos_only());
   m.def("copy_expert_counts", &copy_expert_counts, py::arg("plan"), py::arg("out"), py::pos_only());
   m.def("heads_of_plan", &heads_of_plan, py::kw_only(), py::arg("plan"), py::arg("send_head"));
-  m.def("plan_from_heads", &plan_from_heads, py::kw_only(), py::arg("send_head"), py::arg("prefix"),
-        py::arg("recv_src_idx"), py::arg("rank"), py::arg("num_ranks"), py::arg("num_tokens"),
-        py::arg("num_output_rows"), py::arg("plan"));
+  m.def("plan_from_heads", &plan_from_heads, py::kw_only(), py::arg("send_head"), py::arg("prefix"), py::arg("rank"),
+        py::arg("num_ranks"), py::arg("num_tokens"), py::arg("num_output_rows"), py::arg("plan"));
   m.def("sent_minus_received", &sent_minus_received_of, py::kw_only(), py::arg("plan"), py::arg("recv_src_idx"));
   m.def("hash_routing", &hash_routing_of, py::kw_only(), py::arg("topk_idx"), py::arg("num_tokens"),
         py::arg("num_topk"));

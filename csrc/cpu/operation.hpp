@@ -71,7 +71,7 @@ struct DispatchParams {
   int32_t* rank_prefix = nullptr;    // [num_ranks, num_ranks]
   int32_t* expert_counts = nullptr;  // [num_local]
   uint64_t digest = 0;               // cached or counted
-  int64_t sent_minus_received = 0;   // cached: the plan's word
+  int64_t sent_minus_received = 0;   // of a V1 handle, plan.hpp
   int64_t num_rows = 0;              // cached or counted: rows of this rank's output
   // Across domains counts are exchanged before this engine meets: what its ranks receive is known, from everywhere.
   World world;  // num_ranks 0: the engine's own ranks
@@ -165,7 +165,7 @@ struct CombineParams {
   World world;  // num_ranks 0: the engine's own ranks
   Pull pull;
   uint64_t digest = 0;
-  int64_t sent_minus_received = 0;  // the plan's word
+  int64_t sent_minus_received = 0;  // of a V1 handle, plan.hpp
   int carries = 0;                  // as for dispatch
   const void* y = nullptr;
   int64_t y_rows = 0;

@@ -30,10 +30,9 @@ enum PlanWord {
   kPlanDomains,  // 0: one hop
   kPlanRelayed,
   kPlanRelaySlots,
-  kPlanSentMinusReceived,  // of a V1 handle's tensors; else 0
   kPlanHeaderWords
 };
-constexpr int64_t kPlanMagicValue = 0x33'4e'41'4c'50'50'45'44;  // "DEPPLAN3"
+constexpr int64_t kPlanMagicValue = 0x32'4e'41'4c'50'50'45'44;  // "DEPPLAN2"
 
 DEEP_EP_HOST_DEVICE inline int64_t plan_count_words(int64_t num_ranks, int64_t num_local) {
   return (num_ranks * num_ranks + num_local + 1) / 2;
@@ -66,7 +65,7 @@ class PackedPlan {
     words_[kPlanRanks] = num_ranks;
     words_[kPlanRank] = rank;
     words_[kPlanLocal] = num_local;
-    words_[kPlanDomains] = words_[kPlanRelayed] = words_[kPlanRelaySlots] = words_[kPlanSentMinusReceived] = 0;
+    words_[kPlanDomains] = words_[kPlanRelayed] = words_[kPlanRelaySlots] = 0;
     // Counts are half as long as words: nothing of the plan stays undefined.
     if ((num_ranks * num_ranks + num_local) % 2) expert_counts()[num_local] = 0;
   }

@@ -161,7 +161,8 @@ class Counts:
 
     def _digest(self, spec: DispatchSpec, prefix: torch.Tensor, routings: Sequence[int]) -> int:
         if spec.layout == "rank":
-            return _C.prefix_digest(prefix=prefix.to(torch.int32).contiguous().data_ptr(), num_ranks=prefix.shape[0])
+            counts = prefix.to(torch.int32).contiguous()
+            return _C.prefix_digest(prefix=counts.data_ptr(), num_ranks=counts.shape[0])
         return _C.plan_digest(
             layout=LAYOUTS.index(spec.layout),
             num_experts=self.placement.num_experts,
