@@ -10,7 +10,7 @@ from collective_cases import SETTINGS, Routing, all_ranks, cached, combine, disp
 from hybrid_cases import CROSSED, ROUTING, usual, works
 
 from deep_ep_py import Buffer
-from deep_ep_py.errors import EPArgumentError, EPError, EPMismatchError
+from deep_ep_py.errors import EPArgumentError, EPError
 from deep_ep_py.plans import Plan
 from deep_ep_py.settings import Settings
 from deep_ep_py.testing import Case, conformance_v1, run_threads

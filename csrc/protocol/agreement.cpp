@@ -48,7 +48,7 @@ std::string spell_dispatch(int field, int64_t value) {
     case kFieldCpuSync:
       return flag(value != 0);
     case kFieldWorstGiven:
-      return value ? "given" : "0";
+      return value ? "given" : "not given";
     case kFieldDtype:
     case kFieldSfDtype:
       return dtype_of(value);

@@ -130,7 +130,7 @@ uint64_t hash_routing(const int64_t* topk_idx, int64_t num_tokens, int num_topk)
 class PlanDigest {
  public:
   DEEP_EP_HOST_DEVICE PlanDigest(Layout layout, int64_t num_experts, int64_t placement_hash, int64_t alignment)
-      : h_(static_cast<uint64_t>(layout)) {
+      : h_(static_cast<uint64_t>(layout) + 1) {
     add(num_experts);
     add(placement_hash);
     add(alignment);

@@ -22,7 +22,7 @@ def dispatch_agrees_on(spec: DispatchSpec) -> dict[str, int | str]:
         "carries": spec.carries,
         "do_expand": str(spec.layout == "expand"),
         "do_cpu_sync": str(by_rank or not fixed),
-        "num_worst_tokens": "given" if by_rank and fixed else "0",
+        "num_worst_tokens": "given" if by_rank and fixed else "not given",
         "hidden": spec.x.shape[1],
         "dtype": str(spec.x.dtype),
         "scale factor dtype": _dtype(sf),
