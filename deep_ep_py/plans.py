@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     sent_minus_received: int = 0
 
     @classmethod
-    def of(cls, packed: torch.Tensor) -> Plan:
+    def of(cls, packed: torch.Tensor, sent_minus_received: int = 0) -> Plan:
         """Read a packed plan. On a GPU the host waits for the device to hand over header and counts, unless the tensor
         is the very one that :meth:`remember` returned.
 
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
             got = f"{packed.dtype} {list(packed.shape)} on {packed.device}"
             raise EPArgumentError.of("handle", "the plan of a dispatch: contiguous torch.int64 [n]", got)
         if packed.is_cpu:
-            return cls(packed, *_C.read_plan(packed.data_ptr(), packed.numel()))
+            return cls(packed, *_C.read_plan(packed.data_ptr(), packed.numel()), sent_minus_received)
         known = getattr(packed, _KNOWN, None)
         if known is None:
             host = _header_on_host(packed)

@@ -117,10 +117,8 @@ DEEP_EP_HOST_DEVICE inline uint64_t mix(uint64_t h) {
 // Of one token's top-k ids. The hash of a routing is the sum over its tokens, which any number of threads can build.
 DEEP_EP_HOST_DEVICE inline uint64_t hash_slots(int64_t token, const int64_t* slots, int num_topk) {
   uint64_t h = static_cast<uint64_t>(token + 1) * 0xd6e8feb86659fd93ULL;
-  for (int k = 0; k < num_topk; ++k) {
+  for (int k = 0; k < num_topk; ++k)
     h = (h ^ static_cast<uint64_t>(slots[k])) * 0x9e3779b97f4a7c15ULL;
-    h ^= h >> 32;
-  }
   return mix(h);
 }
 uint64_t hash_routing(const int64_t* topk_idx, int64_t num_tokens, int num_topk);
