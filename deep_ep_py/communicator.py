@@ -226,12 +226,6 @@ class TorchCommunicator(_StoreCommunicator):
         """``part``: of a subset, its store, this rank's position and the names of its ranks."""
         if not dist.is_available():
             raise EPArgumentError.of("group", "a torch build with torch.distributed, or a Communicator", type(group))
-        if _is_fake(group):
-            raise EPArgumentError.of(
-                "group",
-                "a process group whose ranks exchange data (gloo, nccl or mpi)",
-                'a group of the backend "fake", which moves nothing: a single process plays its ranks',
-            )
         self.group = group
         self.carries_cuda = has_nccl(group, torch.device("cuda"))
         if part is not None:
@@ -390,26 +384,3 @@ def _not_connected(e: RuntimeError, timeout: float, backend: str) -> EPBackendUn
     reason = first_line(e)
     message = f"{backend}: torch could not connect the ranks within {timeout:g} s: {reason}"
     return EPBackendUnavailableError(message, reasons={backend: reason})
-<<<<<<< HEAD
-=======
-
-
-def _is_fake(group: Any) -> bool:
-    """Whether it is a group of torch.testing._internal.distributed.fake_pg."""
-    try:
-        return dist.get_backend(group) == "fake"
-    except (RuntimeError, ValueError):  # not in torch's registry
-        return False
-
-
-def _store_of(group: Any) -> Any:
-    """The group's store, or None: groups that torch's registry does not know may still carry one."""
-    try:
-        return dist.distributed_c10d._get_process_group_store(group)
-    except (AttributeError, KeyError):
-        pass
-    try:
-        return group.get_group_store()
-    except (AttributeError, RuntimeError):
-        return None
->>>>>>> e100ee7 (Records: ranks compare scale factors' dtype, placement, V1 handles and what rows are; returned tensors keep their versions)

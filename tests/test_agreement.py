@@ -110,7 +110,7 @@ def test_the_digest_sees_every_slot_of_every_rank():
 
 def test_backends_compare_the_same_fields():
     x, idx = routing(0)
-    placement = ExpertPlacement.contiguous(E, 1)
+    placement = ExpertPlacement.of(E, 1)
     spec = DispatchSpec(x, "topk", topk_idx=idx, placement=placement)
     buffer = ElasticBuffer(ep.communicator.thread_world(1)[0], backend="shm")
     plan = buffer.dispatch(x, idx, num_experts=E)[3]._plan
@@ -196,7 +196,7 @@ DIFFERENCES = [
     Difference("topk_weights", ("None", str(F32)), lambda r, b: v2(r, b, lambda x: {"topk_weights": torch.ones(T, K)})),
     Difference("num_topk", (K, K + 1), lambda r, b: v2(r, b, lambda x: {"topk_idx": torch.ones(T, K + 1).long()})),
     Difference("num_experts", (E, E + 1), lambda r, b: v2(r, b, lambda x: {"num_experts": E + 1})),
-    Difference("placement of experts", (None, None), other_tables),
+    Difference("placement", (None, None), other_tables),
     Difference("expert_alignment", (1, 4), lambda r, b: v2(r, b, lambda x: {"expert_alignment": 4})),
     Difference("num_max_tokens_per_rank", (T, 99), lambda r, b: v2(r, b, lambda x: {"num_max_tokens_per_rank": 99})),
     Difference("carries", ("rows", "weights"), combine_differs(lambda g: {"carries": "weights"}), causes=True),
@@ -322,7 +322,7 @@ def test_a_fake_process_group_is_refused():
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         for face in (Buffer, ElasticBuffer):
-            with pytest.raises(EPArgumentError, match='backend "fake", which moves nothing'):
+            with pytest.raises(EPArgumentError, match='of the backend "fake"'):
                 face(dist.group.WORLD)
     finally:
         dist.destroy_process_group()

@@ -64,7 +64,7 @@ constexpr const char* kDispatchNames[] = {"carries",
                                           "topk_weights",
                                           "num_topk",
                                           "num_experts",
-                                          "placement of experts",
+                                          "placement",
                                           "expert_alignment",
                                           "num_max_tokens_per_rank",
                                           "handle"};

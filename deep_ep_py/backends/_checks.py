@@ -31,7 +31,7 @@ def dispatch_agrees_on(spec: DispatchSpec) -> dict[str, int | str]:
         "topk_weights": _dtype(spec.topk_weights),
         "num_topk": 0 if slots is None else slots.shape[1],
         "num_experts": 0 if placement is None else placement.num_experts,
-        "placement of experts": 0 if placement is None else placement.digest,
+        "placement": 0 if placement is None else placement.digest,
         "expert_alignment": spec.expert_alignment,
         "num_max_tokens_per_rank": spec.num_max_tokens_per_rank,
         "handle": 0 if plan is None else plan.digest,
