@@ -31,6 +31,19 @@ def heads_of_plan(*, plan: int, send_head: int) -> None: ...
 def plan_from_heads(
     *, send_head: int, prefix: int, rank: int, num_ranks: int, num_tokens: int, num_output_rows: int, plan: int
 ) -> None: ...
+def sent_minus_received(*, plan: int, recv_src_idx: int) -> int: ...
+def hash_routing(*, topk_idx: int, num_tokens: int, num_topk: int) -> int: ...
+def plan_digest(
+    *, layout: int, num_experts: int, placement_hash: int, alignment: int, routings: Sequence[int]
+) -> int: ...
+def prefix_digest(*, prefix: int, num_ranks: int) -> int: ...
+
+dispatch_agrees_on: tuple[str, ...]
+combine_agrees_on: tuple[str, ...]
+carried: tuple[str, ...]
+same_arguments: str
+same_order: str
+
 def probe_copy(*, to: int, from_: int, bytes: int, stream: bool) -> None: ...
 def probe_read(*, from_: int, bytes: int) -> int: ...
 def route(
@@ -134,7 +147,9 @@ class Engine:
         num_local: int,
         expert_rank: int,
         expert_local: int,
+        placement_hash: int,
         plan: int,
+        sent_minus_received: int,
         x: int,
         x_stride_bytes: int,
         row_bytes: int,
@@ -142,6 +157,8 @@ class Engine:
         dtype: int,
         sf: int,
         sf_bytes: int,
+        sf_dtype: int,
+        carries: int,
         expert_alignment: int,
         zero_padding: bool,
         mask_weights: bool,
@@ -168,6 +185,7 @@ class Engine:
         self,
         *,
         plan: int,
+        sent_minus_received: int,
         y: int,
         y_rows: int,
         y_stride_bytes: int,
@@ -183,6 +201,7 @@ class Engine:
         reduce_per_rank: bool,
         out: int,
         out_weights: int,
+        carries: int,
         max_threads: int,
         background: bool,
         previous: Sequence[Event],
@@ -358,11 +377,11 @@ class CudaEngine:
         self, *, stream: int, layout: int, cached: bool, host_counts: bool, num_tokens: int, num_topk: int,
         num_experts: int, num_local: int, num_slots: int, topk_idx: int, topk_weights: int, has_topk: bool,
         weight_bytes: int, is_token_in_rank: int, num_tokens_per_rank: int, num_tokens_per_expert: int,
-        expert_rank: int, expert_local: int, sorted_experts: int, rank_begin: int, plan: int, x: int,
-        x_stride_bytes: int, row_bytes: int, hidden: int, dtype: int, sf: int, sf_bytes: int, expert_alignment: int,
-        zero_padding: bool, mask_weights: bool, describe_sources: bool, col_major_sf: bool, num_worst_tokens: int,
-        num_max_tokens_per_rank: int, num_output_rows: int, num_sms: int, allocate_workspace: Callable[[int], int],
-        outputs: Sequence[int] | None,
+        expert_rank: int, expert_local: int, placement_hash: int, sorted_experts: int, rank_begin: int, plan: int,
+        x: int, x_stride_bytes: int, row_bytes: int, hidden: int, dtype: int, sf: int, sf_bytes: int, sf_dtype: int,
+        carries: int, expert_alignment: int, zero_padding: bool, mask_weights: bool, describe_sources: bool,
+        col_major_sf: bool, num_worst_tokens: int, num_max_tokens_per_rank: int, num_output_rows: int, num_sms: int,
+        allocate_workspace: Callable[[int], int], outputs: Sequence[int] | None,
     ) -> CudaFlight: ...
     # fmt: on
     def dispatch_move(self, *, flight: CudaFlight, outputs: Sequence[int], failed: str | None) -> None: ...
@@ -370,6 +389,7 @@ class CudaEngine:
     def combine(
         self, *, stream: int, plan: int, layout: int, num_slots: int, num_local: int, num_tokens: int, y: int,
         y_rows: int, row_bytes: int, hidden: int, dtype: int, weights: int, weight_bytes: int, num_weights: int,
-        num_bias: int, bias0: int, bias1: int, reduce_per_rank: bool, out: int, out_weights: int, num_sms: int,
+        num_bias: int, bias0: int, bias1: int, reduce_per_rank: bool, out: int, out_weights: int, carries: int,
+        num_sms: int,
     ) -> None: ...
     # fmt: on

@@ -22,15 +22,20 @@ def group_of(given: Any) -> tuple[Any, DeviceMesh | None]:
         given: a DeviceMesh of one dimension, a process group's name, or anything else, which comes back as it is.
 
     Raises:
-        EPArgumentError: a mesh of several dimensions, one without this rank, or a name that torch does not know.
+        EPArgumentError: a mesh of several dimensions, one without this rank, a name that torch does not know, or a
+            group of torch's backend "fake".
     """
     if not dist.is_available():
         return given, None
-    if isinstance(given, dist.device_mesh.DeviceMesh):
-        return _group_of_mesh(given), given
-    if isinstance(given, str):
-        return _group_of_name(given), None
-    return given, None
+    mesh = given if isinstance(given, dist.device_mesh.DeviceMesh) else None
+    group = _group_of_name(given) if isinstance(given, str) else given if mesh is None else _group_of_mesh(mesh)
+    if isinstance(group, dist.ProcessGroup) and _is_fake(group):
+        raise EPArgumentError.of(
+            "group",
+            "a process group whose ranks exchange data (gloo, nccl or mpi)",
+            'a group of the backend "fake", which moves nothing: one process stands for all its ranks',
+        )
+    return group, mesh
 
 
 def store_of(group: Any) -> Any:
@@ -43,6 +48,14 @@ def store_of(group: Any) -> Any:
         return group.get_group_store()
     except (AttributeError, RuntimeError):
         return None
+
+
+def _is_fake(group: Any) -> bool:
+    """Whether it is one of torch.testing._internal.distributed.fake_pg."""
+    try:
+        return dist.get_backend(group) == "fake"
+    except (RuntimeError, ValueError):  # not in torch's registry
+        return False
 
 
 def _group_of_mesh(mesh: DeviceMesh) -> Any:

@@ -82,9 +82,11 @@ class Engine:
         answers = communicator.exchange(
             json.dumps(mine).encode(), timeout=settings.connect_timeout_seconds, what="constructor arguments"
         )
+        ranks = [json.loads(a) for a in answers]
+        # First: ranks that construct different buffers have different arguments.
+        _raise_mismatch(face, [{"class": r["agree"]["class"]} for r in ranks])
         if refused is not None:
             raise refused
-        ranks = [json.loads(a) for a in answers]
         _raise_refused(face, ranks)
         _raise_mismatch(face, [r["agree"] for r in ranks])
         if settings.backend not in BACKENDS:

@@ -221,9 +221,15 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int, device: torch.device) -> P
         if plan.num_ranks != num_ranks or plan.rank != rank or plan.layout != "rank":
             made = f"rank {plan.rank} of {plan.num_ranks}"
             raise EPArgumentError.of("handle", f"one made by rank {rank} of {num_ranks}", f"one made by {made}")
-        if not torch.is_tensor(handle[7]) or handle[7].shape != (plan.num_output_rows,):
+        recv_src_meta = handle[7]
+        if not torch.is_tensor(recv_src_meta) or recv_src_meta.shape != (plan.num_output_rows,):
             raise EPArgumentError.of("handle (recv_src_meta)", f"{plan.num_output_rows} entries", "another shape")
-        return plan
+        if recv_src_meta.dtype != torch.int32 or recv_src_meta.device != device:
+            got = f"{recv_src_meta.dtype} on {recv_src_meta.device}"
+            raise EPArgumentError.of("handle (recv_src_meta)", f"torch.int32 on {device}", got)
+        if device.type != "cpu":
+            return plan
+        return plan._replace(sent_minus_received=_sent_minus_received(plan.packed, recv_src_meta))
     if not isinstance(handle, tuple | list) or len(handle) != 6 or not all(torch.is_tensor(t) for t in handle):
         raise EPArgumentError.of("handle", "the tuple that dispatch returned", f"{type(handle).__name__}")
     prefix, _, _, recv_src_idx, is_token_in_rank, send_head = handle
@@ -265,8 +271,19 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int, device: torch.device) -> P
         num_output_rows=recv_src_idx.shape[0],
         plan=packed.data_ptr(),
     )
-    plan = Plan.of(packed)
-    return plan if send_head.is_cpu else plan_from_heads(plan, on_device, send_head)
+    if send_head.is_cpu:
+        return Plan.of(packed, _sent_minus_received(packed, recv_src_idx))
+    return plan_from_heads(Plan.of(packed), on_device, send_head)
+
+
+def _sent_minus_received(packed: torch.Tensor, recv_src_idx: torch.Tensor) -> int:
+    """What tells a plan from those of equal counts: :attr:`.plans.Plan.sent_minus_received`.
+
+    Args:
+        recv_src_idx: [rows] int32, the received tokens' indices at their source.
+    """
+    recv_src_idx = recv_src_idx.contiguous()
+    return _C.sent_minus_received(plan=packed.data_ptr(), recv_src_idx=recv_src_idx.data_ptr())
 
 
 def plan_from_heads(empty: Plan, prefix: torch.Tensor, send_head: torch.Tensor) -> Plan:

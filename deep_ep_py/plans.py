@@ -36,11 +36,14 @@ class Plan(NamedTuple):
         num_rows: rows of this rank's output that the plan fills or spans (expanded: alignment gaps included).
         num_output_rows: rows of the output tensors (``num_rows``, or the worst case where counts were not synced).
         num_recv_tokens: unique tokens received, N.
-        digest: equal on all ranks for one plan, different for different counts; guards against mixed-up handles.
+        digest: equal on all ranks for one plan; a function of every rank's routing, so that plans of different routings
+            have different ones (layout ``rank``: of the counts alone). Guards against mixed-up handles.
         expert_alignment: the multiple at which expanded blocks start, and to which reported counts are rounded up.
         num_max_tokens_per_rank: M, the stride of global token indices in the metadata.
         num_domains: D where rows take two hops, across domains and inside one; 0 where they take one.
         num_relayed, relay_slots: tokens of other domains that this rank places for its rail; columns of their targets.
+        sent_minus_received: of the plan behind a V1 handle: hashes of the tokens that this rank sends minus hashes of
+            those that it receives. They add up to 0 (modulo 2**64) over the ranks' plans of one dispatch. Else 0.
 
     On a GPU the header may be there alone: ``num_rows``, ``num_recv_tokens`` and ``digest`` are -1 where the host never
     waited for the counts.
@@ -62,9 +65,10 @@ class Plan(NamedTuple):
     num_domains: int
     num_relayed: int
     relay_slots: int
+    sent_minus_received: int = 0
 
     @classmethod
-    def of(cls, packed: torch.Tensor) -> Plan:
+    def of(cls, packed: torch.Tensor, sent_minus_received: int = 0) -> Plan:
         """Read a packed plan. On a GPU the host waits for the device to hand over header and counts, unless the tensor
         is the very one that :meth:`remember` returned.
 
@@ -75,7 +79,7 @@ class Plan(NamedTuple):
             got = f"{packed.dtype} {list(packed.shape)} on {packed.device}"
             raise EPArgumentError.of("handle", "the plan of a dispatch: contiguous torch.int64 [n]", got)
         if packed.is_cpu:
-            return cls(packed, *_C.read_plan(packed.data_ptr(), packed.numel()))
+            return cls(packed, *_C.read_plan(packed.data_ptr(), packed.numel()), sent_minus_received)
         known = getattr(packed, _KNOWN, None)
         if known is None:
             host = _header_on_host(packed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -27,11 +28,19 @@ class ExpertPlacement:
         rank: [E] int32, the rank that owns each expert.
         local: [E] int32, its index among that rank's experts.
         num_local: experts owned by each rank.
+        digest: of both tables, equal on all ranks whose tables are.
     """
 
     rank: torch.Tensor
     local: torch.Tensor
     num_local: tuple[int, ...]
+    digest: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        h = hashlib.blake2b(digest_size=8)
+        for table in (self.rank, self.local):
+            h.update(table.contiguous().numpy().tobytes())
+        object.__setattr__(self, "digest", int.from_bytes(h.digest(), "little") >> 1)
 
     @property
     def num_experts(self) -> int:

@@ -218,9 +218,9 @@ def test_handles_of_other_ranks_buffers_and_plans(backend):
             rank, buffer, 0, lambda b: ep.dispatch(x, None, b or mine, buffer=buffer), plans[3, 1], "of rank 1 of 3"
         )
         # Ranks use different plans.
-        again = ep.plan(ROUTING.topk_idx(rank), buffer, 6)
+        other = ep.plan(ROUTING.topk_idx(rank).flip(1), buffer, 6)  # of equal counts
         with pytest.raises(ep.EPMismatchError, match="handle"):
-            ep.dispatch(x, None, again if rank == 1 else mine)
+            ep.dispatch(x, None, other if rank == 1 else mine)
         works(rank, buffer)
 
     threads(ROUTING, body, backend=backend)

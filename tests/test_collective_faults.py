@@ -119,9 +119,9 @@ def test_other_operation(world):
     [
         ("hidden", {"x": torch.zeros(3, 5)}),
         ("dtype", {"x": torch.zeros(3, 9, dtype=torch.float64)}),
-        ("scale factor bytes", {"sf": None}),
-        ("topk_weights bytes", {"topk_weights": None}),
-        ("layout", {"layout": "expand"}),
+        ("scale factor dtype", {"sf": None}),
+        ("topk_weights", {"topk_weights": None}),
+        ("do_expand", {"layout": "expand"}),
         ("num_topk", {"topk_idx": torch.zeros(3, 2, dtype=torch.int64), "topk_weights": torch.zeros(3, 2)}),
         ("num_experts", {"placement": ExpertPlacement.of(8, 3)}),
         ("expert_alignment", {"expert_alignment": 16}),

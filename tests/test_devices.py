@@ -134,7 +134,7 @@ def v1_handles(comm):
     empty = handle.unpack_v1(none, comm.rank, 3, torch.device("cpu"))
     assert empty.num_tokens == 0 and empty.digest == want.digest
     got = handle.plan_from_heads(empty, prefix, send_head)
-    assert got[1:] == want[1:]
+    assert got[1:] == want._replace(sent_minus_received=0)[1:]
     assert torch.equal(got.targets, want.targets) and torch.equal(got.rank_prefix, want.rank_prefix)
     buffer.destroy()
 
@@ -151,7 +151,7 @@ def packed_plan():
 def test_a_header_is_read_from_a_copy_of_itself():
     packed = packed_plan()
     host = plans._header_on_host(packed)
-    assert _C.read_plan(host.data_ptr(), host.numel()) == Plan.of(packed)[1:]
+    assert Plan(packed, *_C.read_plan(host.data_ptr(), host.numel()))[1:] == Plan.of(packed)[1:]
     words = [*range(_C.plan_header_words), _C.plan_header_words - 1]
     for word, value in itertools.product(words[2:], (-1, 0, 2**40)):
         bad = packed.clone()
@@ -163,7 +163,7 @@ def test_a_header_is_read_from_a_copy_of_itself():
             with pytest.raises(EPArgumentError):
                 _C.read_plan(host.data_ptr(), host.numel())
         else:
-            assert _C.read_plan(host.data_ptr(), host.numel()) == want
+            assert Plan(bad, *_C.read_plan(host.data_ptr(), host.numel()))[1:] == want
     with pytest.raises(EPArgumentError):
         short = plans._header_on_host(packed[:5])
         _C.read_plan(short.data_ptr(), short.numel())

@@ -141,6 +141,7 @@ const std::vector<std::string> kDispatchNames = {"stream",
                                                  "num_tokens_per_expert",
                                                  "expert_rank",
                                                  "expert_local",
+                                                 "placement_hash",
                                                  "sorted_experts",
                                                  "rank_begin",
                                                  "plan",
@@ -151,6 +152,8 @@ const std::vector<std::string> kDispatchNames = {"stream",
                                                  "dtype",
                                                  "sf",
                                                  "sf_bytes",
+                                                 "sf_dtype",
+                                                 "carries",
                                                  "expert_alignment",
                                                  "zero_padding",
                                                  "mask_weights",
@@ -184,6 +187,7 @@ PyObject* dispatch_begin(CudaEngine& self, Values& v) {
   p.num_tokens_per_expert = v.pointer<int32_t>();
   p.expert_rank = v.pointer<int32_t>();
   p.expert_local = v.pointer<int32_t>();
+  p.placement_hash = v.integer();
   p.sorted_experts = v.pointer<int32_t>();
   p.rank_begin = v.pointer<int32_t>();
   p.plan = v.pointer<int64_t>();
@@ -194,6 +198,8 @@ PyObject* dispatch_begin(CudaEngine& self, Values& v) {
   p.dtype = v.unsigned_integer();
   p.sf = v.pointer<void>();
   p.sf_bytes = v.integer();
+  p.sf_dtype = v.unsigned_integer();
+  p.carries = static_cast<int32_t>(v.integer());
   p.expert_alignment = static_cast<int32_t>(v.integer());
   p.zero_padding = v.flag();
   p.mask_weights = v.flag();
@@ -249,6 +255,7 @@ PyObject* combine(CudaEngine& self, Values& v) {
   p.reduce_per_rank = v.flag();
   p.out = v.pointer<void>();
   p.out_weights = v.pointer<void>();
+  p.carries = static_cast<int32_t>(v.integer());
   p.num_sms = static_cast<int32_t>(v.integer());
   call(self.api().combine, self.get(), static_cast<const deep_ep_cuda_combine_params*>(&p));
   return py::none().release().ptr();
@@ -378,7 +385,8 @@ void bind_cuda(py::module_& m) {
       engine, "combine",
       {"stream",   "plan",      "layout", "num_slots",       "num_local", "num_tokens",   "y",
        "y_rows",   "row_bytes", "hidden", "dtype",           "weights",   "weight_bytes", "num_weights",
-       "num_bias", "bias0",     "bias1",  "reduce_per_rank", "out",       "out_weights",  "num_sms"});
+       "num_bias", "bias0",     "bias1",  "reduce_per_rank", "out",       "out_weights",  "carries",
+       "num_sms"});
 }
 
 }  // namespace deep_ep

@@ -67,6 +67,7 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
   const int num_local = static_cast<int>(v.integer());
   p.placement.rank = v.pointer<int32_t>();
   p.placement.local = v.pointer<int32_t>();
+  p.placement_hash = v.integer();
   const PackedPlan plan(v.pointer<int64_t>());
   if (!p.cached)
     plan.set_shape(p.layout, p.num_tokens, p.layout == Layout::rank ? engine.num_ranks() : p.num_topk,
@@ -80,6 +81,7 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
     p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
     p.num_rows = plan[kPlanRows];
   }
+  p.sent_minus_received = v.integer();
   p.x = v.pointer<void>();
   p.x_stride_bytes = v.integer();
   p.row_bytes = v.integer();
@@ -87,6 +89,8 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
   p.dtype = v.unsigned_integer();
   p.sf = v.pointer<void>();
   p.sf_bytes = v.integer();
+  p.sf_dtype = v.unsigned_integer();
+  p.carries = static_cast<int>(v.integer());
   p.expert_alignment = static_cast<int>(v.integer());
   p.zero_padding = v.flag();
   p.mask_weights = v.flag();
@@ -141,6 +145,7 @@ PyObject* combine(PyEngine& self, Values& v) {
   pull.num_slots = static_cast<int>(plan[kPlanSlots]);
   pull.targets = plan.targets();
   p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
+  p.sent_minus_received = v.integer();
   p.y = v.pointer<void>();
   p.y_rows = v.integer();
   p.y_stride_bytes = v.integer();
@@ -156,6 +161,7 @@ PyObject* combine(PyEngine& self, Values& v) {
   pull.reduce_per_rank = v.flag();
   pull.out = v.pointer<void>();
   pull.out_weights = v.pointer<void>();
+  p.carries = static_cast<int>(v.integer());
   p.max_threads = static_cast<int>(v.integer());
   p.background = v.flag();
   const Events after = events_of(v.object());
@@ -188,7 +194,9 @@ void add_operations(py::handle type) {
                                           "num_local",
                                           "expert_rank",
                                           "expert_local",
+                                          "placement_hash",
                                           "plan",
+                                          "sent_minus_received",
                                           "x",
                                           "x_stride_bytes",
                                           "row_bytes",
@@ -196,6 +204,8 @@ void add_operations(py::handle type) {
                                           "dtype",
                                           "sf",
                                           "sf_bytes",
+                                          "sf_dtype",
+                                          "carries",
                                           "expert_alignment",
                                           "zero_padding",
                                           "mask_weights",
@@ -209,10 +219,28 @@ void add_operations(py::handle type) {
       type, "dispatch_move",
       {"flight", "recv_x", "recv_sf", "recv_sf_leading", "recv_topk_idx", "recv_topk_weights", "recv_meta", "around"});
   Method<PyEngine, &combine>::add(type, "combine",
-                                  {"plan",        "y",           "y_rows",     "y_stride_bytes",  "row_bytes",
-                                   "hidden",      "dtype",       "weights",    "weight_bytes",    "num_weights",
-                                   "num_bias",    "bias0",       "bias1",      "reduce_per_rank", "out",
-                                   "out_weights", "max_threads", "background", "previous",        "around"});
+                                  {"plan",
+                                   "sent_minus_received",
+                                   "y",
+                                   "y_rows",
+                                   "y_stride_bytes",
+                                   "row_bytes",
+                                   "hidden",
+                                   "dtype",
+                                   "weights",
+                                   "weight_bytes",
+                                   "num_weights",
+                                   "num_bias",
+                                   "bias0",
+                                   "bias1",
+                                   "reduce_per_rank",
+                                   "out",
+                                   "out_weights",
+                                   "carries",
+                                   "max_threads",
+                                   "background",
+                                   "previous",
+                                   "around"});
 }
 
 }  // namespace deep_ep

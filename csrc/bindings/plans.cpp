@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/address.hpp"
+#include "protocol/agreement.hpp"
 #include "protocol/error.hpp"
 #include "protocol/packed_plan.hpp"
 
@@ -72,9 +73,41 @@ void plan_from_heads(Address send_head, Address prefix, int rank, int num_ranks,
   targets_from_heads(at<int32_t>(send_head), plan.rank_prefix(), rank, num_ranks, num_tokens, plan.targets());
   plan[kPlanRows] = plan[kPlanRecvTokens] = plan.rank_prefix()[entries - static_cast<size_t>(num_ranks) + rank];
   plan[kPlanOutputRows] = num_output_rows;
-  plan[kPlanDigest] = static_cast<int64_t>(hash_bytes(plan.rank_prefix(), entries * 4, 0));
+  plan[kPlanDigest] = static_cast<int64_t>(prefix_digest(plan.rank_prefix(), num_ranks));
   plan[kPlanAlignment] = 1;
   plan[kPlanMaxTokens] = 0;
+}
+
+int64_t sent_minus_received_of(Address address, Address recv_src_idx) {
+  const PackedPlan plan(at<int64_t>(address));
+  return sent_minus_received(plan.targets(), plan.rank_prefix(), at<int32_t>(recv_src_idx),
+                             static_cast<int>(plan[kPlanRank]), static_cast<int>(plan[kPlanRanks]), plan[kPlanTokens],
+                             plan[kPlanOutputRows]);
+}
+
+uint64_t hash_routing_of(Address topk_idx, int64_t num_tokens, int num_topk) {
+  return hash_routing(at<int64_t>(topk_idx), num_tokens, num_topk);
+}
+
+// `routings`: everyone's hash_routing.
+uint64_t plan_digest(int layout, int64_t num_experts, int64_t placement_hash, int64_t alignment,
+                     const std::vector<uint64_t>& routings) {
+  PlanDigest digest(static_cast<Layout>(layout), num_experts, placement_hash, alignment);
+  for (const uint64_t routing : routings)
+    digest.add(static_cast<int64_t>(routing));
+  return digest.value();
+}
+
+uint64_t prefix_digest_of(Address prefix, int num_ranks) {
+  return prefix_digest(at<int32_t>(prefix), num_ranks);
+}
+
+template <size_t N>
+py::tuple words(const char* const (&names)[N]) {
+  py::tuple out(N);
+  for (size_t i = 0; i < N; ++i)
+    out[i] = names[i];
+  return out;
 }
 
 std::string route_tokens(int layout, Address topk_idx, Address is_token_in_rank, Address columns, int64_t num_tokens,
@@ -108,6 +141,17 @@ void bind_plans(py::module_& m) {
   m.def("heads_of_plan", &heads_of_plan, py::kw_only(), py::arg("plan"), py::arg("send_head"));
   m.def("plan_from_heads", &plan_from_heads, py::kw_only(), py::arg("send_head"), py::arg("prefix"), py::arg("rank"),
         py::arg("num_ranks"), py::arg("num_tokens"), py::arg("num_output_rows"), py::arg("plan"));
+  m.def("sent_minus_received", &sent_minus_received_of, py::kw_only(), py::arg("plan"), py::arg("recv_src_idx"));
+  m.def("hash_routing", &hash_routing_of, py::kw_only(), py::arg("topk_idx"), py::arg("num_tokens"),
+        py::arg("num_topk"));
+  m.def("plan_digest", &plan_digest, py::kw_only(), py::arg("layout"), py::arg("num_experts"),
+        py::arg("placement_hash"), py::arg("alignment"), py::arg("routings"));
+  m.def("prefix_digest", &prefix_digest_of, py::kw_only(), py::arg("prefix"), py::arg("num_ranks"));
+  m.attr("dispatch_agrees_on") = words(kDispatchNames);
+  m.attr("combine_agrees_on") = words(kCombineNames);
+  m.attr("carried") = words(kCarried);
+  m.attr("same_arguments") = kSameArguments;
+  m.attr("same_order") = kSameOrder;
   m.def("route", &route_tokens, py::kw_only(), py::arg("layout"), py::arg("topk_idx"), py::arg("is_token_in_rank"),
         py::arg("columns"), py::arg("num_tokens"), py::arg("num_slots"), py::arg("num_ranks"), py::arg("num_experts"),
         py::arg("expert_rank"), py::arg("expert_local"), py::arg("first_of_rank"), py::arg("first_of_expert"),

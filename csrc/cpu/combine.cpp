@@ -3,13 +3,13 @@
 #include <cstring>
 
 #include "cpu/engine.hpp"
+#include "protocol/agreement.hpp"
 
 namespace deep_ep {
 namespace {
 
 constexpr int64_t kTokensPerChunk = 16;
 
-enum Field { kLayout, kHidden, kDtype, kHandle, kWeights, kWeightBytes, kReducePerRank };
 enum Published { kRows, kWeightRows };
 
 // The rows of one token in the order of the recipe (docs/architecture.md, "Numerics"), as pointers; reused from token
@@ -189,14 +189,16 @@ void Engine::publish_rows(CombineFlight& flight, Step& step) {
   enter(step, "publish");
   Record& record = next_record(step);
   flight.seq = step.where.seq;
-  const int64_t fields[] = {static_cast<int64_t>(p.pull.layout),
-                            p.hidden,
-                            static_cast<int64_t>(p.dtype),
-                            static_cast<int64_t>(p.digest),
-                            p.num_weights,
-                            p.num_weights ? p.weight_bytes : 0,
-                            p.pull.reduce_per_rank};
-  std::copy(std::begin(fields), std::end(fields), record.fields);
+  int64_t* const f = record.fields;
+  f[kFieldCombineCarries] = p.carries;
+  f[kFieldCombineLayout] = static_cast<int64_t>(p.pull.layout);
+  f[kFieldCombineHidden] = p.hidden;
+  f[kFieldCombineDtype] = static_cast<int64_t>(p.dtype);
+  f[kFieldCombineWeightBytes] = p.num_weights ? p.weight_bytes : 0;
+  f[kFieldCombineWeights] = p.num_weights;
+  f[kFieldReducePerRank] = p.pull.reduce_per_rank;
+  f[kFieldCombineHandle] = static_cast<int64_t>(p.digest);
+  f[kFieldSentMinusReceived] = p.sent_minus_received;
   record.blocks[kRows] = flight.rows;
   if (weights) flight.weights = record.blocks[kWeightRows] = weights->ref();
   flight.in_place = flight.rows.bytes > 0 && !copy;

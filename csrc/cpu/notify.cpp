@@ -5,29 +5,10 @@
 #include <numeric>
 
 #include "cpu/engine.hpp"
+#include "protocol/agreement.hpp"
 
 namespace deep_ep {
 namespace {
-
-// Of Record::fields; names for errors stand in engine.cpp. Those from kNumTokens on need not agree.
-enum Field {
-  kLayout,
-  kHidden,
-  kDtype,
-  kSf,
-  kTopk,
-  kExperts,
-  kHasTopk,
-  kHasWeights,
-  kAlignment,
-  kWorst,
-  kMaxTokens,
-  kHandle,
-  kNumCompared,
-  kNumTokens = kNumCompared,
-  kWorstRows,
-  kNumFields
-};
 
 enum Offer { kX, kScaleFactors, kScratch };
 
@@ -126,21 +107,29 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
 
   enter(step, "publish");
   Record& record = next_record(step);
-  const int64_t fields[kNumFields] = {static_cast<int64_t>(p.layout),
-                                      p.hidden,
-                                      static_cast<int64_t>(p.dtype),
-                                      p.sf_bytes,
-                                      p.num_topk,
-                                      p.placement.num_experts,
-                                      p.has_topk,
-                                      weight_bytes_of(p),
-                                      p.expert_alignment,
-                                      p.num_worst_tokens >= 0 && !p.cached,
-                                      p.num_max_tokens_per_rank,
-                                      static_cast<int64_t>(p.digest),
-                                      p.num_tokens,
-                                      p.num_worst_tokens};
-  std::copy(std::begin(fields), std::end(fields), record.fields);
+  int64_t* const f = record.fields;
+  f[kFieldCarries] = p.carries;
+  f[kFieldLayout] = static_cast<int64_t>(p.layout);
+  const bool fixed = p.num_worst_tokens >= 0 && !p.cached;
+  f[kFieldCpuSync] = !fixed || p.layout == Layout::rank;
+  f[kFieldWorstGiven] = fixed && p.layout == Layout::rank;
+  f[kFieldHidden] = p.hidden;
+  f[kFieldDtype] = static_cast<int64_t>(p.dtype);
+  f[kFieldSfDtype] = static_cast<int64_t>(p.sf_dtype);
+  f[kFieldSfBytes] = p.sf_bytes;
+  f[kFieldHasTopk] = p.has_topk;
+  f[kFieldWeightBytes] = weight_bytes_of(p);
+  f[kFieldTopk] = p.num_topk;
+  f[kFieldExperts] = p.placement.num_experts;
+  f[kFieldPlacement] = p.placement_hash;
+  f[kFieldAlignment] = p.expert_alignment;
+  f[kFieldMaxTokens] = p.num_max_tokens_per_rank;
+  f[kFieldHandle] = static_cast<int64_t>(p.digest);
+  f[kFieldTokens] = p.num_tokens;
+  f[kFieldWorstRows] = p.num_worst_tokens;
+  if (!known && p.layout != Layout::rank)
+    f[kFieldRouting] = static_cast<int64_t>(hash_routing(p.topk_idx, p.num_tokens, p.num_topk));
+  f[kFieldSentMinusReceived] = p.sent_minus_received;
   try {
     if (!known) {
       BlockPtr& block = counts_[step.where.seq % 2];
@@ -165,7 +154,7 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
   flight.num_max_tokens_per_rank = p.num_max_tokens_per_rank;
   if (flight.num_max_tokens_per_rank == 0)
     for (const Record& r : records)
-      flight.num_max_tokens_per_rank = std::max(flight.num_max_tokens_per_rank, r.fields[kNumTokens]);
+      flight.num_max_tokens_per_rank = std::max(flight.num_max_tokens_per_rank, r.fields[kFieldTokens]);
 
   if (known) {
     flight.digest = p.digest;
@@ -189,12 +178,17 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
     if (expand) flight.expanded = expanded_rows(flight.matrix, p.placement, p.expert_alignment);
     flight.num_rows = expand ? flight.expanded.rows[me] : flight.num_recv_tokens;
     rank_prefix(flight.matrix, p.rank_prefix);
-    // V1's handle has no place for a number, so its fingerprint is that of the prefix matrix it carries.
-    flight.digest = hash_bytes(p.rank_prefix, static_cast<size_t>(num_ranks) * num_ranks * 4,
-                               p.layout == Layout::rank ? 0 : options_.epoch + step.where.seq);
+    if (p.layout == Layout::rank) {
+      flight.digest = prefix_digest(p.rank_prefix, num_ranks);
+    } else {
+      PlanDigest digest(p.layout, p.placement.num_experts, p.placement_hash, p.expert_alignment);
+      for (const Record& record : records)
+        digest.add(record.fields[kFieldRouting]);
+      flight.digest = digest.value();
+    }
     for (int r = 0; r < num_ranks; ++r) {
       const int64_t rows = expand ? flight.expanded.rows[r] : flight.matrix.tokens_to(r);
-      const int64_t worst = records[r].fields[kWorstRows];
+      const int64_t worst = records[r].fields[kFieldWorstRows];
       if (worst >= 0 && rows > worst)
         throw argument_error(
             "num_worst_tokens",

@@ -64,12 +64,14 @@ struct DispatchParams {
   const int32_t* num_tokens_per_rank = nullptr;    // rank: what the caller claims; checked
   const int32_t* num_tokens_per_expert = nullptr;  // rank: as the caller counted
   Placement placement;                             // uncached
+  int64_t placement_hash = 0;                      // of its tables; must agree
   int num_local = 0;                               // experts of this rank
   // The plan. Uncached: written. Cached: read.
   int64_t* targets = nullptr;        // [num_tokens, num_slots]
   int32_t* rank_prefix = nullptr;    // [num_ranks, num_ranks]
   int32_t* expert_counts = nullptr;  // [num_local]
   uint64_t digest = 0;               // cached or counted
+  int64_t sent_minus_received = 0;   // of a V1 handle, plan.hpp
   int64_t num_rows = 0;              // cached or counted: rows of this rank's output
   // Across domains counts are exchanged before this engine meets: what its ranks receive is known, from everywhere.
   World world;  // num_ranks 0: the engine's own ranks
@@ -82,9 +84,11 @@ struct DispatchParams {
   int64_t x_stride_bytes = 0;
   int64_t row_bytes = 0;
   int64_t hidden = 0;
-  uint64_t dtype = 0;        // up to eight letters; must agree
+  uint64_t dtype = 0;        // a number for each dtype; must agree
   const void* sf = nullptr;  // contiguous
   int64_t sf_bytes = 0;      // of one row
+  uint64_t sf_dtype = 0;     // as dtype; 0: none were given
+  int carries = 0;           // what the rows are: kCarried of agreement.hpp
   // Flags.
   int expert_alignment = 1;
   bool zero_padding = false;
@@ -161,6 +165,8 @@ struct CombineParams {
   World world;  // num_ranks 0: the engine's own ranks
   Pull pull;
   uint64_t digest = 0;
+  int64_t sent_minus_received = 0;  // of a V1 handle, plan.hpp
+  int carries = 0;                  // as for dispatch
   const void* y = nullptr;
   int64_t y_rows = 0;
   int64_t y_stride_bytes = 0;

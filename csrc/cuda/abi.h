@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define DEEP_EP_CUDA_ABI_VERSION 1
+#define DEEP_EP_CUDA_ABI_VERSION 2
 #define DEEP_EP_CUDA_MAX_RANKS_NAMED 64
 
 typedef struct deep_ep_cuda_engine deep_ep_cuda_engine;
@@ -53,13 +53,15 @@ typedef struct {
   const int32_t* num_tokens_per_rank;
   const int32_t* num_tokens_per_expert;
   const int32_t *expert_rank, *expert_local;  /* [E] */
+  int64_t placement_hash;                     /* of these tables; must agree */
   const int32_t *sorted_experts, *rank_begin; /* [E], [R + 1] */
   int64_t* plan;
   const void* x;
   int64_t x_stride_bytes, row_bytes, hidden;
-  uint64_t dtype; /* up to eight letters; must agree */
+  uint64_t dtype, sf_dtype; /* a number for each dtype, 0: no sf; must agree */
   const void* sf;
   int64_t sf_bytes;
+  int32_t carries; /* what the rows are: kCarried of protocol/agreement.hpp */
   int32_t expert_alignment, zero_padding, mask_weights, describe_sources, col_major_sf;
   int64_t num_worst_tokens; /* rows of the outputs, fixed in advance; -1: exact */
   int64_t num_max_tokens_per_rank;
@@ -97,7 +99,7 @@ typedef struct {
   const void* weights; /* in the heap, contiguous, or null */
   int32_t weight_bytes, num_weights;
   const void* bias[2];
-  int32_t num_bias, reduce_per_rank;
+  int32_t num_bias, reduce_per_rank, carries;
   void* out;
   void* out_weights;
   int32_t num_sms;

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "protocol/agreement.hpp"
 #include "protocol/wire.hpp"
 
 namespace deep_ep {
@@ -19,36 +20,6 @@ constexpr int kMaxOutputs = 5;
 enum Output { kRecvX, kRecvSf, kRecvTopkIdx, kRecvWeights, kRecvMeta };
 enum Published { kRows, kRowWeights };
 
-// Of DeviceRecord::fields: those of a dispatch; up to kNumCompared they must agree. The same order as cpu/notify.cpp.
-enum DispatchField {
-  kFieldLayout,
-  kFieldHidden,
-  kFieldDtype,
-  kFieldSfBytes,
-  kFieldTopk,
-  kFieldExperts,
-  kFieldHasTopk,
-  kFieldWeightBytes,
-  kFieldAlignment,
-  kFieldFixedSize,
-  kFieldMaxTokens,
-  kFieldHandle,
-  kNumComparedDispatch,
-  kFieldTokens = kNumComparedDispatch,
-  kFieldWorstRows
-};
-// Those of a combine; all must agree. The same order as cpu/combine.cpp.
-enum CombineField {
-  kFieldCombineLayout,
-  kFieldCombineHidden,
-  kFieldCombineDtype,
-  kFieldCombineHandle,
-  kFieldCombineWeights,
-  kFieldCombineWeightBytes,
-  kFieldReducePerRank,
-  kNumComparedCombine
-};
-
 // Why a record says `failed`. `text`: the host's words; the others are found on the device, which has no words.
 enum class Refusal : uint32_t { none = 0, text = 1, expert = 2, per_rank = 3 };
 
@@ -58,7 +29,7 @@ struct DeviceRecord {
   uint64_t seq;
   Op op;
   Status status;
-  int64_t fields[kMaxFields];
+  int64_t fields[kMaxFields];    // agreement.hpp
   BlockRef blocks[kMaxOutputs];  // outputs whose size was known; combine: y and weights
   BlockRef counts;               // uncached dispatch: int32 [num_ranks] tokens per rank, [num_experts] slots per expert
   Refusal refusal;

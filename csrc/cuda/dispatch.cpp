@@ -32,7 +32,7 @@ int64_t weight_row_bytes(const DispatchParams& p) {
 // One call's own memory, behind each other in what the caller allocated; needed until its kernels are done.
 struct Engine::Workspace {
   int32_t* layout;
-  int64_t* refused;      // [4]
+  int64_t* refused;      // [5]
   int64_t* first_row;    // [R] or [E]
   int32_t* counts;       // [R + E]
   int32_t* matrix;       // [R, R + E]
@@ -50,7 +50,7 @@ Engine::Workspace Engine::carve(const DispatchParams& p) const {
   };
   const auto ranks = static_cast<uint64_t>(options_.num_ranks), columns = ranks + static_cast<uint64_t>(p.num_experts);
   take(w.layout, layout_workspace_bytes(layout_of(p), p.num_tokens, options_.num_ranks, p.num_experts));
-  take(w.refused, 4 * sizeof(int64_t));
+  take(w.refused, 5 * sizeof(int64_t));
   take(w.first_row, columns * sizeof(int64_t));
   take(w.counts, columns * sizeof(int32_t));
   take(w.matrix, ranks * columns * sizeof(int32_t));
@@ -88,16 +88,21 @@ int32_t* Engine::expert_counts_report(int num_local) {
 
 void Engine::fill_fields(const DispatchParams& p, NotifyParams* notify) const {
   int64_t* const f = notify->fields;
+  const bool fixed = p.num_worst_tokens >= 0 && !p.cached, rank = layout_of(p) == Layout::rank;
+  f[kFieldCarries] = p.carries;
   f[kFieldLayout] = p.layout;
+  f[kFieldCpuSync] = !fixed || rank;
+  f[kFieldWorstGiven] = fixed && rank;
   f[kFieldHidden] = p.hidden;
   f[kFieldDtype] = static_cast<int64_t>(p.dtype);
+  f[kFieldSfDtype] = static_cast<int64_t>(p.sf_dtype);
   f[kFieldSfBytes] = p.sf_bytes;
   f[kFieldTopk] = p.num_topk;
   f[kFieldExperts] = p.num_experts;
+  f[kFieldPlacement] = p.placement_hash;
   f[kFieldHasTopk] = p.has_topk != 0;
   f[kFieldWeightBytes] = p.weight_bytes;
   f[kFieldAlignment] = p.expert_alignment;
-  f[kFieldFixedSize] = p.num_worst_tokens >= 0 && !p.cached;
   f[kFieldMaxTokens] = p.num_max_tokens_per_rank;
   f[kFieldTokens] = p.num_tokens;
   f[kFieldWorstRows] = p.num_worst_tokens;

@@ -35,7 +35,7 @@ struct LayoutParams {
                                    // source's unique tokens for that rank; -1 elsewhere. Null: not wanted
   int32_t* counts = nullptr;       // out [R + E]
   int32_t* workspace = nullptr;    // layout_workspace_bytes()
-  int64_t* refused = nullptr;      // out [4]: Refusal, and what DeviceRecord::refused holds
+  int64_t* refused = nullptr;      // out [5]: Refusal, what DeviceRecord::refused holds; hash_routing of topk_idx
 };
 uint64_t layout_workspace_bytes(Layout layout, int64_t num_tokens, int num_ranks, int num_experts);
 void launch_layout(const LayoutParams& params, int num_sms, Stream stream);
@@ -63,7 +63,6 @@ struct NotifyParams {
   const int32_t* rank_begin = nullptr;      // [R + 1] of sorted_experts
   int32_t* matrix = nullptr;                // workspace [R, R + E]
   int64_t* first_row = nullptr;             // out: [R] (rank, topk) or [E] (expand): this source's first row there
-  int64_t epoch = 0;                        // part of the digest of V2 plans
   // Dispatch: resolve `blocks` of everyone to destinations (fixed sizes and cached). Combine: to rows.
   bool resolve_outputs = false;
   DeviceDestination* destinations = nullptr;                  // [R]

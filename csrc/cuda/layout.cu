@@ -19,7 +19,8 @@ constexpr int64_t kSharedBytes = 48 << 10;
 constexpr int64_t kNoneBad = INT64_MAX;
 
 // How a call is cut up, and where its parts lie in the workspace: the first bad id of each chunk (token << 32 | slot),
-// then the counts [columns, chunks], then each warp's own words if they are too many for shared memory.
+// the hash of its ids, then the counts [columns, chunks], then each warp's own words if they are too many for shared
+// memory.
 struct Cut {
   int64_t chunk_tokens, num_chunks;
   int columns;     // ranks, then experts
@@ -46,8 +47,11 @@ struct Work {
 __device__ __forceinline__ int64_t* first_bad(const Work& w) {
   return reinterpret_cast<int64_t*>(w.p.workspace);
 }
+__device__ __forceinline__ uint64_t* hashes(const Work& w) {
+  return reinterpret_cast<uint64_t*>(w.p.workspace) + w.cut.num_chunks;
+}
 __device__ __forceinline__ int32_t* table(const Work& w) {
-  return w.p.workspace + 2 * w.cut.num_chunks;
+  return w.p.workspace + 4 * w.cut.num_chunks;
 }
 __device__ __forceinline__ int32_t* words_of(const Work& w, unsigned char* shared, int warp, int64_t chunk) {
   if (w.cut.in_shared) return reinterpret_cast<int32_t*>(shared) + static_cast<int64_t>(warp) * w.cut.warp_words;
@@ -57,6 +61,11 @@ __device__ __forceinline__ int32_t* words_of(const Work& w, unsigned char* share
 __device__ __forceinline__ int64_t warp_min(int64_t value) {
   for (int d = kWarp / 2; d > 0; d /= 2)
     value = min(value, __shfl_xor_sync(kFullWarp, value, d));
+  return value;
+}
+__device__ __forceinline__ uint64_t warp_sum(uint64_t value) {
+  for (int d = kWarp / 2; d > 0; d /= 2)
+    value += __shfl_xor_sync(kFullWarp, value, d);
   return value;
 }
 __device__ __forceinline__ int32_t warp_inclusive_sum(int32_t value, int lane) {
@@ -77,6 +86,7 @@ struct Walk {
   int32_t* const running;  // [columns] rows given out so far
   uint32_t* const mask;    // [R] which of the 32 tokens go there
   int64_t bad = kNoneBad;
+  uint64_t hash = 0;
 
   __device__ Walk(const Work& work, int32_t* words, int lane_)
       : w(work), p(work.p), lane(lane_), running(words), mask(reinterpret_cast<uint32_t*>(words + work.cut.columns)) {}
@@ -109,7 +119,10 @@ struct Walk {
     for (int c = lane; c < w.cut.columns; c += kWarp)
       table(w)[c * w.cut.num_chunks + number] = running[c];
     bad = warp_min(bad);
-    if (lane == 0) first_bad(w)[number] = bad;
+    hash = warp_sum(hash);
+    if (lane != 0) return;
+    first_bad(w)[number] = bad;
+    hashes(w)[number] = hash;
   }
 
   // Rank layout: a column of is_token_in_rank is a ballot.
@@ -137,6 +150,7 @@ struct Walk {
     const bool expand = p.layout == Layout::expand;
     const int64_t t = first + lane;
     const int num_slots = t < last ? p.num_topk : 0;
+    if (!kAssign && t < last) hash += hash_slots(t, p.topk_idx + t * num_slots, num_slots);
 #pragma unroll 2
     for (int i = 0; i < num_slots; ++i) {
       const int k = expand ? i : num_slots - 1 - i;
@@ -213,14 +227,19 @@ __device__ __forceinline__ void judge(const Work& w) {
   const LayoutParams& p = w.p;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   int64_t bad = kNoneBad, differs = kNoneBad;
-  for (int64_t c = lane; c < w.cut.num_chunks; c += kWarp)
+  uint64_t hash = 0;
+  for (int64_t c = lane; c < w.cut.num_chunks; c += kWarp) {
     bad = min(bad, first_bad(w)[c]);
+    hash += hashes(w)[c];
+  }
   if (p.layout == Layout::rank && p.num_tokens_per_rank != nullptr)
     for (int r = lane; r < p.num_ranks; r += kWarp)
       if (p.counts[r] != p.num_tokens_per_rank[r]) differs = min(differs, int64_t{r});
   bad = warp_min(bad);
   differs = warp_min(differs);
+  hash = warp_sum(hash);
   if (lane != 0) return;
+  p.refused[4] = static_cast<int64_t>(hash);
   p.refused[0] = static_cast<int64_t>(Refusal::none);
   if (differs != kNoneBad) {
     p.refused[0] = static_cast<int64_t>(Refusal::per_rank);
@@ -291,7 +310,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) fused_kernel(Work w) {
 uint64_t layout_workspace_bytes(Layout, int64_t num_tokens, int num_ranks, int num_experts) {
   const Cut c = cut(num_tokens, num_ranks, num_experts);
   const int64_t own = c.in_shared ? 0 : c.warp_words;
-  return static_cast<uint64_t>(c.num_chunks * (8 + 4 * (c.columns + own)));
+  return static_cast<uint64_t>(c.num_chunks * (16 + 4 * (c.columns + own)));
 }
 
 void launch_layout(const LayoutParams& params, int num_sms, Stream stream) {

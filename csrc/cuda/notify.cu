@@ -23,7 +23,10 @@ __device__ __forceinline__ bool is_dispatch(Op op) {
 __device__ void fill_record(const NotifyParams& p, uint64_t seq) {
   DeviceRecord& record = control_of(p.world, p.world.rank)->records[seq % 2];
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread < kMaxFields) record.fields[thread] = thread == p.handle_field ? p.plan[kPlanDigest] : p.fields[thread];
+  if (thread < kMaxFields)
+    record.fields[thread] = thread == p.handle_field                          ? p.plan[kPlanDigest]
+                            : thread == kFieldRouting && p.refused != nullptr ? p.refused[4]
+                                                                              : p.fields[thread];
   if (thread < kMaxOutputs) record.blocks[thread] = p.blocks[thread];
   if (thread != 0) return;
   record.seq = seq;
@@ -121,13 +124,14 @@ __device__ void finish_plan(const NotifyParams& p, const Records& records, const
   plan[kPlanRecvTokens] = counted.tokens;
   plan[kPlanAlignment] = p.fields[kFieldAlignment];
   plan[kPlanMaxTokens] = p.fields[kFieldMaxTokens] > 0 ? p.fields[kFieldMaxTokens] : found.max_tokens;
-  // V1's handle has no place for a number, so its fingerprint is that of the prefix matrix it carries. For others the
-  // epoch and the sequence number say it all; the last row of the matrix is stirred in.
-  const size_t row = static_cast<size_t>(world.num_ranks) * 4;
-  plan[kPlanDigest] = static_cast<int64_t>(
-      layout == Layout::rank ? hash_bytes(plan.rank_prefix(), row * static_cast<size_t>(world.num_ranks), 0)
-                             : hash_bytes(plan.rank_prefix() + (world.num_ranks - 1) * world.num_ranks, row,
-                                          static_cast<uint64_t>(p.epoch) + seq));
+  if (layout == Layout::rank) {
+    plan[kPlanDigest] = static_cast<int64_t>(prefix_digest(plan.rank_prefix(), world.num_ranks));
+  } else {
+    PlanDigest digest(layout, p.num_experts, p.fields[kFieldPlacement], p.fields[kFieldAlignment]);
+    for (int r = 0; r < world.num_ranks; ++r)
+      digest.add(records[r].fields[kFieldRouting]);
+    plan[kPlanDigest] = static_cast<int64_t>(digest.value());
+  }
   HostStatus* status = world.report.status;
   status->num_recv_tokens = counted.tokens;
   status->num_rows = counted.rows;

@@ -25,7 +25,6 @@ NotifyParams Engine::rendezvous(Op op) const {
   NotifyParams notify;
   notify.world = world_;
   notify.op = op;
-  notify.epoch = static_cast<int64_t>(options_.epoch);
   return notify;
 }
 
@@ -43,6 +42,7 @@ void Engine::combine(const CombineParams& p) {
   begin(Op::combine, stream, nullptr);
   NotifyParams notify = rendezvous(Op::combine);
   int64_t* const f = notify.fields;
+  f[kFieldCombineCarries] = p.carries;
   f[kFieldCombineLayout] = p.layout;
   f[kFieldCombineHidden] = p.hidden;
   f[kFieldCombineDtype] = p.dtype;

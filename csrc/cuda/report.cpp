@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 
 #include "cuda/kernels.hpp"
 
@@ -30,38 +31,6 @@ const char* name_of(Phase phase) {
   }
   return "";
 }
-
-const char* name_of(Dtype type) {
-  switch (type) {
-    case Dtype::bf16:
-      return "bf16";
-    case Dtype::f16:
-      return "f16";
-    case Dtype::f32:
-      return "f32";
-    case Dtype::f64:
-      return "f64";
-  }
-  return "unknown";
-}
-
-// Of DeviceRecord::fields, in the order of DispatchField and CombineField.
-constexpr const char* kDispatchNames[] = {"layout",
-                                          "hidden",
-                                          "dtype",
-                                          "scale factor bytes",
-                                          "num_topk",
-                                          "num_experts",
-                                          "topk_idx given",
-                                          "topk_weights bytes",
-                                          "expert_alignment",
-                                          "fixed output size",
-                                          "num_max_tokens_per_rank",
-                                          "handle"};
-constexpr const char* kCombineNames[] = {
-    "layout", "hidden", "dtype", "handle", "topk_weights columns", "topk_weights bytes", "allow_multiple_reduction"};
-static_assert(sizeof kDispatchNames / sizeof *kDispatchNames == kNumComparedDispatch, "every field has a name");
-static_assert(sizeof kCombineNames / sizeof *kCombineNames == kNumComparedCombine, "every field has a name");
 
 std::string named(int rank) {
   return "rank " + std::to_string(rank);
@@ -122,28 +91,11 @@ Error too_many_rows(const HostStatus& status, bool expand) {
   return error;
 }
 
-std::string spell(Op op, const char* name, int64_t value) {
-  if (std::strcmp(name, "operation") == 0) return name_of(static_cast<Op>(value));
-  if (std::strcmp(name, "dtype") != 0) return std::to_string(value);
-  if (op == Op::combine) return name_of(static_cast<Dtype>(value));
-  return std::string(reinterpret_cast<const char*>(&value), strnlen(reinterpret_cast<const char*>(&value), 8));
-}
-
 Error mismatch(const HostReport& report, int num_ranks) {
+  std::vector<int> ranks(num_ranks);
+  std::iota(ranks.begin(), ranks.end(), 0);
   const HostStatus& status = *report.status;
-  const char* name = status.error_field < 0           ? "operation"
-                     : status.error_op == Op::combine ? kCombineNames[status.error_field]
-                                                      : kDispatchNames[status.error_field];
-  Error error(ErrorKind::mismatch, std::string("ranks disagree about ") + name + ":");
-  error.field = name;
-  for (int r = 0; r < num_ranks; ++r) {
-    error.values.push_back(report.values[r]);
-    error.names.push_back(spell(status.error_op, name, report.values[r]));
-    error.message += (r ? ", " : " ") + named(r) + ": " + error.names.back();
-    error.ranks.push_back(r);
-  }
-  error.message += ". Nothing was moved; every rank must make the same calls with the same arguments.";
-  return error;
+  return disagreement(status.error_op, status.error_field, {report.values, report.values + num_ranks}, ranks);
 }
 
 Error cannot_grow(const HostStatus& status) {

@@ -55,7 +55,7 @@ class PackedPlan {
   DEEP_EP_HOST_DEVICE int64_t* targets() const {
     return words_ + kPlanHeaderWords + plan_count_words(words_[kPlanRanks], words_[kPlanLocal]);
   }
-  // The sizes that place the parts; before anything else.
+  // The sizes that place the parts; before `expert_counts` and `targets` are asked for.
   DEEP_EP_HOST_DEVICE void set_shape(Layout layout, int64_t num_tokens, int num_slots, int num_ranks, int rank,
                                      int num_local) const {
     words_[kPlanMagic] = kPlanMagicValue;
@@ -66,6 +66,8 @@ class PackedPlan {
     words_[kPlanRank] = rank;
     words_[kPlanLocal] = num_local;
     words_[kPlanDomains] = words_[kPlanRelayed] = words_[kPlanRelaySlots] = 0;
+    // Counts are half as long as words: nothing of the plan stays undefined.
+    if ((num_ranks * num_ranks + num_local) % 2) expert_counts()[num_local] = 0;
   }
 
  private:

@@ -1,5 +1,6 @@
 #include "protocol/plan.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 namespace deep_ep {
@@ -176,6 +177,30 @@ void targets_from_heads(const int32_t* send_head, const int32_t* prefix, int sou
       const int32_t base = source ? prefix[(source - 1) * num_ranks + r] : 0;
       targets[t * num_ranks + r] = head < 0 ? int64_t{-1} : make_target(r, base + head);
     }
+}
+
+uint64_t hash_routing(const int64_t* topk_idx, int64_t num_tokens, int num_topk) {
+  uint64_t sum = 0;
+  for (int64_t t = 0; t < num_tokens; ++t)
+    sum += hash_slots(t, topk_idx + t * num_topk, num_topk);
+  return sum;
+}
+
+int64_t sent_minus_received(const int64_t* targets, const int32_t* prefix, const int32_t* recv_src_idx, int rank,
+                            int num_ranks, int64_t num_tokens, int64_t num_rows) {
+  auto of = [num_ranks](int from, int to, int64_t token) {
+    const uint64_t pair = static_cast<uint64_t>(from) * num_ranks + to + 1;
+    return mix(pair * 0xd6e8feb86659fd93ULL + static_cast<uint64_t>(token));
+  };
+  uint64_t sum = 0;
+  for (int64_t t = 0; t < num_tokens; ++t)
+    for (int r = 0; r < num_ranks; ++r)
+      if (targets[t * num_ranks + r] >= 0) sum += of(rank, r, t);
+  int64_t row = 0;
+  for (int s = 0; s < num_ranks; ++s)
+    for (const int64_t end = std::min<int64_t>(prefix[s * num_ranks + rank], num_rows); row < end; ++row)
+      sum -= of(s, rank, recv_src_idx[row]);
+  return static_cast<int64_t>(sum);
 }
 
 ScratchLayout scratch_layout(Layout layout, int64_t num_tokens, int64_t num_rows, int num_topk, bool has_topk,

@@ -106,15 +106,53 @@ void heads_from_targets(const int64_t* targets, const int32_t* prefix, int sourc
 void targets_from_heads(const int32_t* send_head, const int32_t* prefix, int source, int num_ranks, int64_t num_tokens,
                         int64_t* targets);
 
-// FNV-1a with a final mix: a fingerprint against mix-ups, not against malice.
-DEEP_EP_HOST_DEVICE inline uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {
-  const auto* at = static_cast<const unsigned char*>(data);
-  uint64_t h = 0xcbf29ce484222325ULL ^ seed;
-  for (size_t i = 0; i < bytes; ++i)
-    h = (h ^ at[i]) * 0x100000001b3ULL;
-  h ^= h >> 32;
-  return (h * 0x9e3779b97f4a7c15ULL) >> 1;
+// Fingerprints against mix-ups, not against malice. Integer arithmetic, so that they are equal on all ranks and in all
+// backends.
+DEEP_EP_HOST_DEVICE inline uint64_t mix(uint64_t h) {
+  h = (h ^ (h >> 32)) * 0x9e3779b97f4a7c15ULL;
+  h = (h ^ (h >> 29)) * 0xbf58476d1ce4e5b9ULL;
+  return h ^ (h >> 32);
 }
+
+// Of one token's top-k ids. The hash of a routing is the sum over its tokens, which any number of threads can build.
+DEEP_EP_HOST_DEVICE inline uint64_t hash_slots(int64_t token, const int64_t* slots, int num_topk) {
+  uint64_t h = static_cast<uint64_t>(token + 1) * 0xd6e8feb86659fd93ULL;
+  for (int k = 0; k < num_topk; ++k)
+    h = (h ^ static_cast<uint64_t>(slots[k])) * 0x9e3779b97f4a7c15ULL;
+  return mix(h);
+}
+uint64_t hash_routing(const int64_t* topk_idx, int64_t num_tokens, int num_topk);
+
+// The digest of a V2 plan: equal on all ranks, a function of everyone's routing and of what else defines the plan. Give
+// it every rank's hash_routing, by rank.
+class PlanDigest {
+ public:
+  DEEP_EP_HOST_DEVICE PlanDigest(Layout layout, int64_t num_experts, int64_t placement_hash, int64_t alignment)
+      : h_(static_cast<uint64_t>(layout) + 1) {
+    add(num_experts);
+    add(placement_hash);
+    add(alignment);
+  }
+  DEEP_EP_HOST_DEVICE void add(int64_t word) { h_ = mix(h_ * 0xd6e8feb86659fd93ULL + static_cast<uint64_t>(word)); }
+  DEEP_EP_HOST_DEVICE uint64_t value() const { return h_ >> 1; }  // fits a signed word
+
+ private:
+  uint64_t h_;
+};
+
+// That of a V1 plan, which can be made again from a handle's tensors: of the prefix matrix alone.
+DEEP_EP_HOST_DEVICE inline uint64_t prefix_digest(const int32_t* prefix, int num_ranks) {
+  PlanDigest digest(Layout::rank, 0, 0, 0);
+  for (int64_t i = 0; i < int64_t{num_ranks} * num_ranks; ++i)
+    digest.add(prefix[i]);
+  return digest.value();
+}
+
+// What tells V1 handles of equal counts apart: hashes of the tokens that this rank sends, by its targets, minus hashes
+// of those that it receives, by `recv_src_idx`. What one rank sends another receives, so over all ranks these add up to
+// 0 where their handles are of one dispatch; else as good as never.
+int64_t sent_minus_received(const int64_t* targets, const int32_t* prefix, const int32_t* recv_src_idx, int rank,
+                            int num_ranks, int64_t num_tokens, int64_t num_rows);
 
 // The small arrays that travel with the rows of an uncached dispatch, as offsets into the receiver's scratch block.
 // compact: src int32 [N], topk int64 [N, K], weights [N, K]; expand: src int32 [N, 1 + K], weights [D].

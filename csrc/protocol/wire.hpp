@@ -11,7 +11,7 @@ namespace deep_ep {
 constexpr uint64_t kMagic = 0x59505f5045504544ULL;  // "DEEPEP_PY" cut to eight bytes
 constexpr uint32_t kVersion = 1;
 constexpr int kMaxSegments = 256;
-constexpr int kMaxFields = 16;
+constexpr int kMaxFields = 20;
 constexpr int kMaxBlocks = 3;
 constexpr int kTextBytes = 512;
 constexpr int kMaxNamedRanks = 64;
@@ -50,7 +50,7 @@ struct Record {
   uint64_t seq;
   Op op;
   Status status;
-  int64_t fields[kMaxFields];   // arguments that must agree; names by operation in fields.hpp
+  int64_t fields[kMaxFields];   // arguments that must agree, and what follows from them; agreement.hpp
   BlockRef blocks[kMaxBlocks];  // dispatch: offers for x, sf, scratch. combine: y, weights
   BlockRef counts;              // dispatch: int32 [num_ranks] tokens per rank, then [num_experts] slots per expert
   char text[kTextBytes];        // why it failed

@@ -2,49 +2,59 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .._rows import name_ranks
 from ..errors import EPArgumentError
+from ..plans import Plan
 from ..types import CombineSpec, DispatchSpec
 
 
 def dispatch_agrees_on(spec: DispatchSpec) -> dict[str, int | str]:
-    """By the names that every backend's errors use."""
-    agree: dict[str, int | str] = {
-        "layout": spec.layout,
+    """By the names of csrc/protocol/agreement.hpp, in its order and its words."""
+    plan, sf, placement, by_rank = spec.plan, spec.sf, spec.placement, spec.layout == "rank"
+    fixed = plan is None and spec.num_worst_tokens is not None
+    slots = spec.topk_idx if spec.topk_idx is not None else spec.topk_weights
+    return {
+        "carries": spec.carries,
+        "do_expand": str(spec.layout == "expand"),
+        "do_cpu_sync": str(by_rank or not fixed),
+        "num_worst_tokens": "given" if by_rank and fixed else "not given",
         "hidden": spec.x.shape[1],
         "dtype": str(spec.x.dtype),
-        "scale factor bytes": 0 if spec.sf is None else spec.sf.shape[1] * spec.sf.element_size(),
-        "topk_weights bytes": _element_bytes(spec.topk_weights),
-    }
-    if spec.plan is not None:
-        return agree | {"handle": spec.plan.digest}
-    assert spec.placement is not None
-    return agree | {
-        "topk_idx given": int(spec.topk_idx is not None),
-        "num_topk": 0 if spec.topk_idx is None else spec.topk_idx.shape[1],
-        "num_experts": spec.placement.num_experts,
+        "scale factor dtype": _dtype(sf),
+        "scale factor bytes per token": 0 if sf is None else sf.shape[1] * sf.element_size(),
+        "topk_idx": "None" if spec.topk_idx is None else "given",
+        "topk_weights": _dtype(spec.topk_weights),
+        "num_topk": 0 if slots is None else slots.shape[1],
+        "num_experts": 0 if placement is None else placement.num_experts,
+        "placement": 0 if placement is None else placement.digest,
         "expert_alignment": spec.expert_alignment,
         "num_max_tokens_per_rank": spec.num_max_tokens_per_rank,
-        "placement": _digest(spec.placement.rank, spec.placement.local),
+        "handle": 0 if plan is None else plan.digest,
     }
 
 
-def combine_agrees_on(spec: CombineSpec) -> dict[str, int | str]:
+def combine_agrees_on(spec: CombineSpec, allow_multiple_reduction: bool) -> dict[str, int | str]:
     columns = 0 if spec.weights is None else spec.weights.shape[1:].numel()  # the shape of one weight has one element
     return {
-        "layout": spec.plan.layout,
+        "carries": spec.carries,
+        "do_expand": str(spec.plan.layout == "expand"),
         "hidden": spec.y.shape[1],
         "dtype": str(spec.y.dtype),
+        "topk_weights": _dtype(spec.weights),
+        "columns of topk_weights": columns,
+        "allow_multiple_reduction": str(allow_multiple_reduction),
         "handle": spec.plan.digest,
-        "topk_weights columns": columns,
-        "topk_weights bytes": _element_bytes(spec.weights),
-        "allow_multiple_reduction": int(spec.reduce_per_rank),
     }
+
+
+def told_of(plan: Plan | None) -> dict[str, Any]:
+    """What a record tells of a handle; :attr:`.plans.Plan.sent_minus_received`."""
+    return {"sent_minus_received": 0 if plan is None else plan.sent_minus_received}
 
 
 def check_dispatch(spec: DispatchSpec) -> None:
@@ -107,12 +117,5 @@ def check_worst_case(rows: Sequence[int], worst: Sequence[int], seq: int) -> Non
         )
 
 
-def _element_bytes(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.element_size()
-
-
-def _digest(*tables: torch.Tensor) -> int:
-    h = hashlib.blake2b(digest_size=7)
-    for table in tables:
-        h.update(table.to(torch.int32).contiguous().numpy().tobytes())
-    return int.from_bytes(h.digest(), "little")
+def _dtype(tensor: torch.Tensor | None) -> str:
+    return "None" if tensor is None else str(tensor.dtype)

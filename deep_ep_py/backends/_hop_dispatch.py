@@ -77,7 +77,8 @@ def begin_new(ways: Ways, spec: DispatchSpec, records: list[Record], gather: Gat
     ]
     num_max_tokens = spec.num_max_tokens_per_rank or max(r.tell["num_tokens"] for r in records)
     relay_counts = torch.tensor(received, dtype=torch.int64, device="cpu")
-    plan = counts.plan(spec, targets, rank, num_max_tokens, seq, relay_counts, torch.cat(relay))
+    routings = [r.tell["routing"] for r in records]
+    plan = counts.plan(spec, targets, rank, num_max_tokens, routings, relay_counts, torch.cat(relay))
     begin = [counts.of_rank[r][here.long()].contiguous() for r in domains.rail]
     own = Relayed(targets, topk_idx=spec.topk_idx, topk_weights=spec.topk_weights, first_token=begin[domains.domain])
     inner = ways.domain.hop_begin(spec, plan, counts.tokens_to, counts.rows_to)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class OrderedBackend(ABC):
                 return self._begin_dispatch(spec, previous)
 
         begun = self._order.run("dispatch", begin, background)
-        out: Dispatched = begun.result
+        out: Dispatched = _as_returned(begun.result)
         turn.lend((out.recv_x, out.recv_sf, out.recv_topk_idx, out.recv_topk_weights, out.recv_meta, out.plan.packed))
         return Flight(out, Completion() if background else None, (begun, turn))
 
@@ -108,11 +109,10 @@ class OrderedBackend(ABC):
         with turn.on_stream():
             result = self._outputs(spec)
         turn.lend((result.combined_x, result.combined_topk_weights))
-        return Flight(result, Completion() if background else None, (spec, tuple(previous), turn))
+        return Flight(_as_returned(result), Completion() if background else None, (spec, tuple(previous), result, turn))
 
     def combine_send(self, flight: Flight) -> None:
-        (spec, previous, turn), flight.state = flight.state, None
-        result = flight.result
+        (spec, previous, result, turn), flight.state = flight.state, None
 
         def combine() -> None:
             with turn.on_stream():
@@ -167,3 +167,11 @@ class OrderedBackend(ABC):
         records = take_part(self._gather, self.rank, record, check, previous)
         self._statistics.operations += 1
         return records
+
+
+def _as_returned(result: Any) -> Any:
+    """The same memory as tensors whose version counters are their own. A caller may save for a backward pass what it
+    was given; what is written to it behind an event must not count as a change that the caller made.
+    """
+    tensors = {f.name: t.data for f in fields(result) if isinstance(t := getattr(result, f.name), torch.Tensor)}
+    return replace(result, **tensors)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import _C
 from .._rows import RowChannel, name_ranks
 from ..errors import EPArgumentError, EPMismatchError
 from ..event import CompletionEvent
@@ -95,13 +96,23 @@ def judge(records: Sequence[Record], rank: int) -> None:
     _same("operation", [record.op for record in records], op, seq)
     for name in dict.fromkeys(name for record in records for name in record.agree):
         _same(name, [record.agree.get(name, "not given") for record in records], op, seq)
+    tokens = [record.tell.get("sent_minus_received", 0) for record in records]
+    if sum(tokens) % 2**64:
+        raise _differ("handle", tokens, op, seq)
 
 
 def _same(name: str, values: Sequence[int | str], op: str, seq: int) -> None:
-    if len(set(values)) == 1:
-        return
-    ranks = range(len(values))
+    if len(set(values)) > 1:
+        raise _differ(name, values, op, seq)
+
+
+def _differ(name: str, values: Sequence[int | str], op: str, seq: int) -> EPMismatchError:
+    """In the sentence of csrc/protocol/agreement.cpp."""
+    about = "what the exchange carries" if name == "carries" else name
     shown = ", ".join(f"rank {r}: {v}" for r, v in enumerate(values))
-    message = f"{op}: {name} must be equal on all ranks, but is {shown}"
-    by_rank = dict(enumerate(values))
-    raise EPMismatchError(message, field=name, values=by_rank, op=op, phase="notify", seq=seq, ranks=ranks)
+    if name == "handle":
+        shown = "the handles of the ranks are not of one dispatch"
+    order = name in ("operation", "carries", "handle")
+    message = f"{op}: ranks disagree about {about}: {shown}{_C.same_order if order else _C.same_arguments}"
+    ranks, by_rank = range(len(values)), dict(enumerate(values))
+    return EPMismatchError(message, field=name, values=by_rank, op=op, phase="notify", seq=seq, ranks=ranks)

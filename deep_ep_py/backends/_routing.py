@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,15 @@ def own_layout(spec: DispatchSpec, num_ranks: int) -> tuple[torch.Tensor, torch.
     assert spec.topk_idx is not None
     _, per_expert, in_rank = dispatch_layout(spec.topk_idx.contiguous(), spec.placement, num_ranks)
     return in_rank, per_expert.to(torch.int64)
+
+
+def routing_hash(spec: DispatchSpec) -> int:
+    """What tells this rank's routing from others in the digest of a plan; 0 in V1, whose digest follows from the
+    counts."""
+    if spec.topk_idx is None or spec.layout == "rank":
+        return 0
+    idx = spec.topk_idx.contiguous()
+    return _C.hash_routing(topk_idx=idx.data_ptr(), num_tokens=idx.shape[0], num_topk=idx.shape[1])
 
 
 class Counts:
@@ -123,39 +132,44 @@ class Counts:
         targets: torch.Tensor,
         rank: int,
         num_max_tokens: int,
-        seq: int,
+        routings: Sequence[int],
         relay_counts: torch.Tensor | None = None,
         relay: torch.Tensor | None = None,
     ) -> Plan:
         """The plan of one rank.
 
         Args:
-            num_max_tokens: M, given or found out. seq: of the operation; handles of equal counts are told apart by it.
+            num_max_tokens: M, given or found out. routings: :func:`routing_hash` of every rank.
             relay_counts, relay: of two hops; :meth:`~..plans.Plan.pack`.
         """
-        num_rows = int(self.rows_to[rank])
+        num_rows, prefix = int(self.rows_to[rank]), self.tokens.cumsum(0)
         return Plan.pack(
             layout=spec.layout,
             targets=targets,
             num_rows=num_rows,
             num_output_rows=num_rows if spec.num_worst_tokens is None else spec.num_worst_tokens,
             num_recv_tokens=int(self.tokens_to[rank]),
-            rank_prefix=self.tokens.cumsum(0),
+            rank_prefix=prefix,
             expert_counts=self.slots.sum(0)[experts_of(self.placement, rank)],
             rank=rank,
-            digest=self._digest(spec) ^ seq,
+            digest=self._digest(spec, prefix, routings),
             expert_alignment=spec.expert_alignment,
             num_max_tokens_per_rank=num_max_tokens,
             relay_counts=relay_counts,
             relay=relay,
         )
 
-    def _digest(self, spec: DispatchSpec) -> int:
-        h = hashlib.blake2b(digest_size=8)
-        for counts in (self.tokens, self.slots):
-            h.update(counts.contiguous().numpy().tobytes())
-        h.update(repr((spec.layout, *self.slots.shape, spec.expert_alignment, spec.num_max_tokens_per_rank)).encode())
-        return int.from_bytes(h.digest(), "little") >> 1
+    def _digest(self, spec: DispatchSpec, prefix: torch.Tensor, routings: Sequence[int]) -> int:
+        if spec.layout == "rank":
+            counts = prefix.to(torch.int32).contiguous()
+            return _C.prefix_digest(prefix=counts.data_ptr(), num_ranks=counts.shape[0])
+        return _C.plan_digest(
+            layout=LAYOUTS.index(spec.layout),
+            num_experts=self.placement.num_experts,
+            placement_hash=self.placement.digest,
+            alignment=spec.expert_alignment,
+            routings=routings,
+        )
 
 
 def experts_of(placement: ExpertPlacement, rank: int) -> torch.Tensor:

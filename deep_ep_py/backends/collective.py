@@ -26,12 +26,12 @@ from ..event import CompletionEvent
 from ..layout import target_rows
 from ..settings import Settings
 from ..types import Combined, CombineSpec, DispatchSpec
-from ._checks import check_combine, check_dispatch, check_worst_case, combine_agrees_on, dispatch_agrees_on
+from ._checks import check_combine, check_dispatch, check_worst_case, combine_agrees_on, dispatch_agrees_on, told_of
 from ._deliver import Delivery, allocate
 from ._ordered import OrderedBackend
 from ._recipe import combine_rows, combine_weights, positions
 from ._record import Record, all_gather
-from ._routing import Counts, on_host, own_layout, routing_on_host
+from ._routing import Counts, on_host, own_layout, routing_hash, routing_on_host
 
 __all__ = ["CollectiveBackend"]
 
@@ -79,7 +79,7 @@ class CollectiveBackend(OrderedBackend):
     def _begin_dispatch(self, given: DispatchSpec, previous: Sequence[CompletionEvent]) -> Delivery:
         agree: dict[str, int | str] = {}
         worst = -1 if given.num_worst_tokens is None else given.num_worst_tokens
-        tell = {"num_worst_tokens": worst, "num_tokens": given.x.shape[0]}
+        tell = {"num_worst_tokens": worst, "num_tokens": given.x.shape[0], **told_of(given.plan)}
         spec = given
 
         def check() -> None:
@@ -87,6 +87,7 @@ class CollectiveBackend(OrderedBackend):
             spec = routing_on_host(given)
             agree.update(dispatch_agrees_on(spec))
             check_dispatch(spec)
+            tell["routing"] = routing_hash(spec)
 
         op = "dispatch" if given.plan is None else "cached dispatch"
         records = self._meet(op, agree, tell, check, previous)
@@ -99,7 +100,7 @@ class CollectiveBackend(OrderedBackend):
             check_worst_case(counts.rows_to.tolist(), [r.tell["num_worst_tokens"] for r in records], self._order.seq)
             targets = counts.route(spec, spec.topk_idx, spec.is_token_in_rank, self.rank)
             num_max_tokens = spec.num_max_tokens_per_rank or max(r.tell["num_tokens"] for r in records)
-            plan = counts.plan(spec, targets, self.rank, num_max_tokens, self._order.seq)
+            plan = counts.plan(spec, targets, self.rank, num_max_tokens, [r.tell["routing"] for r in records])
         result = allocate(given, plan, self.num_ranks)
         return Delivery(given, result, plan, self.rank, self.num_ranks, self._order.seq)
 
@@ -123,10 +124,10 @@ class CollectiveBackend(OrderedBackend):
 
         def check() -> None:
             known = replace(spec, plan=on_host(spec.plan))
-            agree.update(combine_agrees_on(known))
+            agree.update(combine_agrees_on(known, spec.reduce_per_rank))
             check_combine(known)
 
-        self._meet("combine", agree, {}, check, previous)
+        self._meet("combine", agree, told_of(spec.plan), check, previous)
         self._order.enter("pull")
         index, wanted, position = positions(spec.plan, self.num_ranks)
         ones = [1] * self.num_ranks

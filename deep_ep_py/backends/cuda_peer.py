@@ -22,7 +22,7 @@ from ..settings import Settings
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec, ExpertPlacement
 from ._cuda_calls import Outputs, address, device_plan, known_rows, numbers
 from ._cuda_machine import Machine
-from ._dtypes import DTYPE_CODES, ROW_TYPES
+from ._dtypes import CARRIED, DTYPE_CODES, ROW_TYPES
 from .base import Flight, Statistics
 
 _OPS = {"dispatch": 1, "combine": 3, "barrier": 4}
@@ -156,6 +156,7 @@ class CudaPeerBackend:
                 num_tokens_per_expert=address(spec.num_tokens_per_expert),
                 expert_rank=address(tables[0]),
                 expert_local=address(tables[1]),
+                placement_hash=0 if placement is None else placement.digest,
                 sorted_experts=address(tables[2]),
                 rank_begin=address(tables[3]),
                 plan=packed.data_ptr(),
@@ -166,6 +167,8 @@ class CudaPeerBackend:
                 dtype=DTYPE_CODES[x.dtype],
                 sf=address(spec.sf),
                 sf_bytes=0 if spec.sf is None else spec.sf.shape[1] * spec.sf.element_size(),
+                sf_dtype=0 if spec.sf is None else DTYPE_CODES[spec.sf.dtype],
+                carries=CARRIED[spec.carries],
                 expert_alignment=spec.expert_alignment,
                 zero_padding=spec.zero_padding,
                 mask_weights=spec.mask_weights,
@@ -290,6 +293,7 @@ class CudaPeerBackend:
                 reduce_per_rank=spec.reduce_per_rank,
                 out=out.combined_x.data_ptr(),
                 out_weights=address(out.combined_topk_weights),
+                carries=CARRIED[spec.carries],
                 num_sms=spec.max_threads,
             )
         flight.state = None

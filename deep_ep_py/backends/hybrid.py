@@ -20,7 +20,7 @@ from ..event import CompletionEvent
 from ..plans import Plan
 from ..settings import Settings
 from ..types import Combined, CombineSpec, DispatchSpec
-from ._checks import check_combine, check_dispatch, combine_agrees_on, dispatch_agrees_on
+from ._checks import check_combine, check_dispatch, combine_agrees_on, dispatch_agrees_on, told_of
 from ._domains import Domains
 from ._hop_combine import Returning, combine
 from ._hop_dispatch import Begun, begin_along, begin_new, deliver
@@ -28,6 +28,7 @@ from ._hops import Homeward, Ways, check_crossings, crossings
 from ._ordered import OrderedBackend
 from ._pipeline import Pace
 from ._record import Record
+from ._routing import routing_hash
 from .base import Domain, Statistics
 
 
@@ -54,12 +55,13 @@ class HybridBackend(OrderedBackend):
 
     def _begin_dispatch(self, spec: DispatchSpec, previous: Sequence[CompletionEvent]) -> Begun:
         worst = -1 if spec.num_worst_tokens is None else spec.num_worst_tokens
-        tell: dict[str, Any] = {"num_worst_tokens": worst, "num_tokens": spec.x.shape[0]}
+        tell: dict[str, Any] = {"num_worst_tokens": worst, "num_tokens": spec.x.shape[0], **told_of(spec.plan)}
         op = "dispatch" if spec.plan is None else "cached dispatch"
         home: list[Homeward] = []
 
         def check() -> None:
             check_dispatch(spec)
+            tell["routing"] = routing_hash(spec)
             if spec.plan is not None:
                 home.append(self._homeward(spec.plan))
                 tell.update(crossings(home[0], spec.plan))
@@ -81,7 +83,7 @@ class HybridBackend(OrderedBackend):
 
     def _combine(self, spec: CombineSpec, previous: Sequence[CompletionEvent], result: Combined) -> None:
         returning: list[Returning] = []
-        tell: dict[str, Any] = {}
+        tell = told_of(spec.plan)
 
         def check() -> None:
             check_combine(spec)
@@ -90,7 +92,7 @@ class HybridBackend(OrderedBackend):
             returning.append(Returning(summed, rows))
             tell.update(crossings(summed, spec.plan))
 
-        agree = combine_agrees_on(spec) | {"allow_multiple_reduction": int(spec.reduce_per_domain)}
+        agree = combine_agrees_on(spec, spec.reduce_per_domain)
         records = self._meet("combine", agree, tell, check, previous)
         check_crossings(records, self.domains, self._order.seq)
         combine(self._ways, spec, returning[0], result, self._order.enter)

@@ -18,7 +18,7 @@ from ..notices import HeapNotices
 from ..plans import LAYOUTS, Plan, plan_words
 from ..settings import Settings, available_memory_bytes
 from ..types import Combined, CombineSpec, Dispatched, DispatchSpec
-from ._dtypes import DTYPE_CODES, ROW_TYPES
+from ._dtypes import CARRIED, DTYPE_CODES, ROW_TYPES
 from .base import Flight, Statistics
 
 _LAYOUT = {layout: number for number, layout in enumerate(LAYOUTS)}
@@ -160,7 +160,9 @@ class ShmBackend:
             num_local=num_local,
             expert_rank=0 if placement is None else placement.rank.data_ptr(),
             expert_local=0 if placement is None else placement.local.data_ptr(),
+            placement_hash=0 if placement is None else placement.digest,
             plan=packed.data_ptr(),
+            sent_minus_received=0 if plan is None else plan.sent_minus_received,
             x=x.data_ptr(),
             x_stride_bytes=x.stride(0) * x.element_size() if num_tokens > 1 else row_bytes,
             row_bytes=row_bytes,
@@ -168,6 +170,8 @@ class ShmBackend:
             dtype=DTYPE_CODES[x.dtype],
             sf=address(sf),
             sf_bytes=0 if sf is None else sf.shape[1] * sf.element_size(),
+            sf_dtype=0 if sf is None else DTYPE_CODES[sf.dtype],
+            carries=CARRIED[spec.carries],
             expert_alignment=spec.expert_alignment,
             zero_padding=spec.zero_padding,
             mask_weights=spec.mask_weights,
@@ -270,6 +274,7 @@ class ShmBackend:
         row_bytes = y.shape[1] * y.element_size()
         flight.event = self._engine.combine(
             plan=plan.packed.data_ptr(),
+            sent_minus_received=plan.sent_minus_received,
             y=y.data_ptr(),
             y_rows=plan.num_rows,
             y_stride_bytes=y.stride(0) * y.element_size() if plan.num_rows > 1 else row_bytes,
@@ -285,6 +290,7 @@ class ShmBackend:
             reduce_per_rank=spec.reduce_per_rank,
             out=out.combined_x.data_ptr(),
             out_weights=address(out.combined_topk_weights),
+            carries=CARRIED[spec.carries],
             max_threads=spec.max_threads,
             background=background,
             previous=self._core_events("combine", previous),

@@ -31,8 +31,8 @@ def buffer_of_backend(comm):
     return Buffer(comm, backend="collective" if comm.rank == 2 else "shm", settings=shm_settings())
 
 
-def buffer_of_class(comm):
-    return (ElasticBuffer if comm.rank == 1 else Buffer)(comm, settings=shm_settings())
+def buffer_of_class(comm, num_bytes):
+    return (ElasticBuffer if comm.rank == 1 else Buffer)(comm, num_bytes, settings=shm_settings())
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,12 @@ def test_unequal_arguments(build, field, values):
 
 
 def classes(comm):
-    with pytest.raises(EPMismatchError) as caught:
-        buffer_of_class(comm)
-    assert all(word in str(caught.value) for word in ("rank 0", "rank 1", "rank 2"))
+    """Which buffer is meant comes before its arguments, also before one that is refused."""
+    for num_bytes in (1 << 20, -1 if comm.rank else 0):
+        with pytest.raises(EPMismatchError) as caught:
+            buffer_of_class(comm, num_bytes)
+        assert caught.value.field == "class"
+        assert caught.value.values == {0: "Buffer", 1: "ElasticBuffer", 2: "Buffer"}
 
 
 def test_unequal_classes():

@@ -55,6 +55,12 @@ struct Dispatch {
       sum += all[s * stride + column];
     return sum;
   }
+  int64_t v2_digest() const {
+    PlanDigest digest(shape.layout, shape.num_experts, 0, shape.alignment);
+    for (const Routing& r : routing)
+      digest.add(static_cast<int64_t>(hash_routing(r.topk_idx.data(), r.num_tokens, shape.topk)));
+    return static_cast<int64_t>(digest.value());
+  }
   bool operator()(Rank& me, std::vector<int64_t>* plan_out = nullptr, int64_t worst_less = 0) const;
 };
 
@@ -77,7 +83,7 @@ inline bool Dispatch::operator()(Rank& me, std::vector<int64_t>* plan_out, int64
   const int R = me.num_ranks, E = shape.num_experts, num_local = experts.num_local(me.rank);
   const Routing& mine = routing[me.rank];
   const bool expand = shape.layout == Layout::expand;
-  std::vector<int64_t> plan(plan_words(mine.num_tokens, mine.num_slots, R, num_local), 99), refused(4);
+  std::vector<int64_t> plan(plan_words(mine.num_tokens, mine.num_slots, R, num_local), 99), refused(5);
   std::vector<int64_t> first_row(expand ? E : R, -5);
   std::vector<int32_t> matrix_words(static_cast<size_t>(R) * (R + E));
   std::vector<int64_t> workspace((layout_workspace_bytes(shape.layout, mine.num_tokens, R, E) + 7) / 8);
@@ -94,21 +100,18 @@ inline bool Dispatch::operator()(Rank& me, std::vector<int64_t>* plan_out, int64
   p.ticket = ++me.tickets;
   const int64_t worst = shape.fixed ? output_rows(me.rank) - worst_less : -1;
   const int64_t given_max = shape.index_max ? 64 : 0;
-  const int64_t fields[] = {static_cast<int64_t>(shape.layout),
-                            128,
-                            0x36316662,
-                            shape.sf_bytes,
-                            shape.topk,
-                            E,
-                            1,
-                            4,
-                            shape.alignment,
-                            shape.fixed,
-                            given_max,
-                            0,
-                            mine.num_tokens,
-                            worst};
-  std::copy(std::begin(fields), std::end(fields), p.fields);
+  p.fields[kFieldLayout] = static_cast<int64_t>(shape.layout);
+  p.fields[kFieldCpuSync] = !shape.fixed;
+  p.fields[kFieldHidden] = 128;
+  p.fields[kFieldSfBytes] = shape.sf_bytes;
+  p.fields[kFieldTopk] = shape.topk;
+  p.fields[kFieldExperts] = E;
+  p.fields[kFieldHasTopk] = 1;
+  p.fields[kFieldWeightBytes] = 4;
+  p.fields[kFieldAlignment] = shape.alignment;
+  p.fields[kFieldMaxTokens] = given_max;
+  p.fields[kFieldTokens] = mine.num_tokens;
+  p.fields[kFieldWorstRows] = worst;
   p.num_compared = kNumComparedDispatch;
   p.refused = refused.data();
   p.plan = plan.data();
@@ -121,7 +124,6 @@ inline bool Dispatch::operator()(Rank& me, std::vector<int64_t>* plan_out, int64
   p.rank_begin = experts.begin.data();
   p.matrix = matrix_words.data();
   p.first_row = first_row.data();
-  p.epoch = 1234;
   p.destinations = destinations.data();
   p.resolve_outputs = shape.fixed;
   p.row_bytes = shape.row_bytes;
@@ -154,8 +156,11 @@ inline bool Dispatch::operator()(Rank& me, std::vector<int64_t>* plan_out, int64
   expect(std::equal(prefix.begin(), prefix.end(), packed.rank_prefix()), "rank_prefix");
   expect(std::equal(exact.begin(), exact.end(), packed.expert_counts()), "plan's expert counts");
   if (shape.layout == Layout::rank)
-    expect(packed[kPlanDigest] == static_cast<int64_t>(hash_bytes(prefix.data(), prefix.size() * 4, 0)), "V1's digest");
+    expect(packed[kPlanDigest] == static_cast<int64_t>(prefix_digest(prefix.data(), R)), "V1's digest");
+  else
+    expect(packed[kPlanDigest] == v2_digest(), "V2's digest");
   expect(packed[kPlanDigest] == s.digest && s.digest != 0, "digest");
+  if ((R * R + num_local) % 2) expect(packed.expert_counts()[num_local] == 0, "the odd half of the counts' last word");
   // Relative targets and first rows together are the final targets.
   std::vector<int64_t> final_targets(mine.targets);
   finish_targets(shape.layout, matrix, expand ? &expanded : nullptr, mine.topk_idx.data(), me.rank, mine.num_tokens,

@@ -21,7 +21,7 @@ void test_layout_once(Rng& rng, Layout layout, int64_t tokens, int topk, int num
                       const std::string& name) {
   const Experts experts(rng, num_experts, num_ranks);
   const Routing routing(rng, layout, tokens, topk, experts, below(rng, 5) == 0);
-  std::vector<int64_t> targets(routing.targets.size(), 55), refused(4, -1);
+  std::vector<int64_t> targets(routing.targets.size(), 55), refused(5, -1);
   std::vector<int32_t> counts(num_ranks + num_experts, -1), index(routing.topk_idx.size(), 66);
   // Exactly what it asks for, as 64-bit words: its first part is made of those.
   std::vector<int64_t> workspace((layout_workspace_bytes(layout, tokens, num_ranks, num_experts) + 7) / 8, -1);
@@ -43,6 +43,9 @@ void test_layout_once(Rng& rng, Layout layout, int64_t tokens, int topk, int num
   while (bad < num_flat && routing.topk_idx[bad] >= -1 && routing.topk_idx[bad] < num_experts)
     ++bad;
   const bool has_bad = bad < num_flat;
+  if (layout != Layout::rank)
+    expect(static_cast<uint64_t>(refused[4]) == hash_routing(routing.topk_idx.data(), tokens, topk), name + ": hash");
+  refused.pop_back();
   std::vector<int64_t> verdict(4, -1);
   verdict[0] = 0;
   if (differs >= 0)

@@ -49,7 +49,7 @@ void test_agreed_failures() {
     recover(domain);
     domain.run([&](Rank& me) {
       NotifyParams p = barrier(me);
-      const int64_t verdict[4] = {static_cast<int64_t>(Refusal::expert), 7, 3, -9}, sound[4] = {};
+      const int64_t verdict[5] = {static_cast<int64_t>(Refusal::expert), 7, 3, -9}, sound[5] = {};
       p.refused = me.rank == bad ? verdict : sound;
       notify(me, p);
       const HostStatus& s = *me.status;
