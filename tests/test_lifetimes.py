@@ -13,8 +13,10 @@ from deep_ep_py.testing import conformance_v1 as v1
 from deep_ep_py.testing import conformance_v2 as v2
 from deep_ep_py.testing.conformance_v1 import rank_of
 from deep_ep_py.testing.conformance_v2 import MODES
+from deep_ep_py.testing.devices import carry
 
 COMPACT, EXPAND = MODES[0], MODES[2]
+CPU = torch.device("cpu")
 FIRST = Case((33, 0, 40), hidden=96, num_experts=7, routing="distinct")
 SECOND = Case((20, 50, 1), hidden=200, num_topk=3, num_experts=10, dtype=torch.float32, seed=2)
 PAIR = Case((33, 40), hidden=96, num_experts=7, routing="distinct")
@@ -275,17 +277,13 @@ def with_inputs_gone(released, call, *args, **inputs):
     """``call(*args, **inputs)`` with copies of the tensors, none of which is there any more when the background begins:
     their memory is in other use."""
 
-    def copied(value):
-        if isinstance(value, tuple):
-            return tuple(copied(v) for v in value)
-        return value.clone() if isinstance(value, torch.Tensor) else value
-
+    copies = [carry(value, CPU) for value in (*args, *inputs.values())]
+    flat = [t for value in copies for t in (value if isinstance(value, tuple) else (value,))]
+    sizes = [t.untyped_storage().nbytes() for t in flat if isinstance(t, torch.Tensor)]
     released.clear()
-    result = call(*copied(args), **{name: copied(value) for name, value in inputs.items()})
-    tensors = [
-        t for v in (*args, *inputs.values()) for t in (v if isinstance(v, tuple) else (v,)) if torch.is_tensor(t)
-    ]
-    junk = [torch.full((t.nbytes,), 0x55, dtype=torch.uint8) for t in tensors for _ in range(3)]
+    result = call(*copies[: len(args)], **dict(zip(inputs, copies[len(args) :], strict=True)))
+    del copies, flat
+    junk = [torch.full((size,), 0x55, dtype=torch.uint8) for size in sizes for _ in range(3)]
     released.set()
     result[-1].current_stream_wait()
     del junk
