@@ -99,7 +99,7 @@ def test_rank_that_never_constructs():
     assert set(errors) == {0, 2}
     for ranks, seconds, message in errors.values():
         assert ranks == (1,)
-        assert 0.4 < seconds < 5
+        assert seconds > 0.4
         assert "1" in message and "0.5 s" in message
 
 

@@ -76,11 +76,11 @@ def test_destroy_frees_while_the_object_lives():
 def destroyed_in_flight(comm, wait):
     """Rank 0 destroys while its operation waits for rank 1, who then hears of it."""
     rank = v1.rank_of(comm)
-    buffer = Buffer(comm, settings=shm_settings(timeout_seconds=15))
+    buffer = Buffer(comm, settings=shm_settings(timeout_seconds=DEADLINE))
     result = v1.dispatch(buffer, SMALL_PAIR, rank)
     destroyed = DESTROYED[wait]
     if rank == 1:
-        assert destroyed.wait(10)
+        assert destroyed.wait(DEADLINE)
         with pytest.raises(EPPeerError) as caught:
             if wait == "background":  # rank 0 had published it: this one may still end well
                 buffer.combine(result[0].clone(), result[4])
@@ -96,21 +96,21 @@ def destroyed_in_flight(comm, wait):
         try:
             event.current_stream_wait() if wait == "background" else buffer._engine.barrier()
         except EPError as e:
-            raised.append((time.monotonic(), str(e)))
+            raised.append(str(e))
 
     thread = threading.Thread(target=act)
     thread.start()
     time.sleep(0.2)
     begin = time.monotonic()
     buffer.destroy()
-    assert time.monotonic() - begin < 4, "destroy waits for nobody"
-    thread.join(5)
+    thread.join(DEADLINE)
     destroyed.set()
     assert not thread.is_alive(), "the operation under way was left waiting"
-    assert raised and raised[0][0] - begin < 4, raised
-    assert "destroyed" in raised[0][1], raised
+    assert time.monotonic() - begin < DEADLINE / 2, "destroy waits for nobody"
+    assert len(raised) == 1 and "destroyed" in raised[0], raised
 
 
+DEADLINE = 20.0
 DESTROYED = {"background": threading.Event(), "foreground": threading.Event()}
 
 
@@ -170,7 +170,7 @@ def test_destroy_before_the_worker_has_begun_to_copy():
 def broken_between_halves(comm):
     """An exception after the rendezvous and before the rows move: peers hear of it at once, not at the deadline."""
     rank = v1.rank_of(comm)
-    buffer = Buffer(comm, settings=shm_settings(timeout_seconds=12))
+    buffer = Buffer(comm, settings=shm_settings(timeout_seconds=DEADLINE))
     v1.dispatch(buffer, SMALL_PAIR, rank)
     begin = time.monotonic()
     if rank == 0:
@@ -188,7 +188,7 @@ def broken_between_halves(comm):
         with pytest.raises(EPPeerError) as caught:
             v1.dispatch(buffer, SMALL_PAIR, rank)
         assert caught.value.ranks == (0,)
-    assert time.monotonic() - begin < 3, "noticed at the deadline only"
+    assert time.monotonic() - begin < DEADLINE / 2, "noticed at the deadline only"
 
 
 def test_exception_between_the_halves():

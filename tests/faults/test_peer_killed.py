@@ -127,4 +127,6 @@ def test_killed_in(scenes):
             when, named, op, where, message = errors[0]
             assert when - victim.said["died"] < DEADLINE / 2, f"{scene}: noticed at the deadline only"
             assert named == (1,) and op and where and "rank" in message, f"{scene}: {errors[0]}"
-            assert {(e[1], e[4]) for e in errors} == {(named, message)}, f"{scene}: later calls raise the same: {errors}"
+            assert {(e[1], e[4]) for e in errors} == {(named, message)}, (
+                f"{scene}: later calls raise the same: {errors}"
+            )
