@@ -381,5 +381,4 @@ def test_waits_are_counted_by_rank():
 
     waited = all_ranks(Routing(4), body, domains=CROSSED)
     assert [set(w) for w in waited] == [{1}, {0}, {3}, {2}]
-    assert waited[2][3] > 0.3
-    assert max(waited[0][1], waited[1][0], waited[3][2]) < 0.3
+    assert waited[2][3] > max(waited[0][1], waited[1][0], waited[3][2]), waited
