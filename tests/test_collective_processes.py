@@ -17,7 +17,7 @@ from deep_ep_py.communicator import communicator_of
 from deep_ep_py.errors import EPError, EPPeerError, EPTimeoutError
 from deep_ep_py.settings import Settings
 from deep_ep_py.testing import run_processes
-from deep_ep_py.testing.worlds import process_context
+from deep_ep_py.testing.worlds import process_context, store_of_processes
 
 
 def peer_goes(rank, folder, how, ended):
@@ -54,7 +54,7 @@ def test_peer_that_is_gone(how, error, tmp_path):
             assert len(set(errors)) == 1
             kind, who, op, _ = errors[0]
             assert (kind, who, op) == (error, (2,), "barrier"), errors
-            assert seconds < 6
+            assert seconds < 30, "at the deadline only, or never"
         for process in ranks[:2]:
             process.join(timeout=10)
             assert process.exitcode == 0
@@ -65,16 +65,12 @@ def test_peer_that_is_gone(how, error, tmp_path):
 
 
 def interrupted(group):
-    import torch.distributed as dist
-
-    backend = CollectiveBackend(communicator_of(group), Settings(timeout_seconds=60))
-    start = time.monotonic()
+    backend, store = CollectiveBackend(communicator_of(group), Settings(timeout_seconds=60)), store_of_processes()
     if dist.get_rank() == 1:
-        time.sleep(6)
+        store.wait(["interrupted"])
         with pytest.raises(EPPeerError) as caught:
             for _ in range(2):  # the first one may still find what rank 0 had sent
                 backend.barrier()
-        assert time.monotonic() - start < 10
         assert caught.value.op == "barrier"
         assert caught.value.ranks == (0,)
         backend.close()
@@ -83,7 +79,7 @@ def interrupted(group):
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         backend.barrier()
-    assert time.monotonic() - start < 5
+    store.set("interrupted", "")
     with pytest.raises(EPError, match="KeyboardInterrupt"):
         backend.barrier()
     backend.close()
@@ -104,7 +100,7 @@ from deep_ep_py.plans import Plan
 from deep_ep_py.types import CombineSpec
 
 def rank_body(c):
-    b = backends[c.rank] = CollectiveBackend(c, Settings())
+    b = backends[c.rank] = CollectiveBackend(c, Settings(timeout_seconds=1000))
     empty = torch.zeros(0, 2, dtype=torch.int32)
     plan = Plan.pack(
         layout="topk", targets=empty.long(), rank_prefix=torch.zeros(2, 2), expert_counts=torch.zeros(2), rank=c.rank,
@@ -121,14 +117,10 @@ threads = [threading.Thread(target=rank_body, args=(c,)) for c in thread_world(2
 """
 
 
-@pytest.mark.parametrize(("missing", "seconds"), [(0, 5), (1, 12)], ids=["in flight", "waiting for nobody"])
-def test_interpreter_exit_with_an_open_backend(missing, seconds):
-    """The worker is not a daemon, and yet neither idle nor stuck does it hold up the exit."""
+@pytest.mark.parametrize("missing", [0, 1], ids=["in flight", "waiting for nobody"])
+def test_interpreter_exit_with_an_open_backend(missing):
+    """The worker is not a daemon, and yet neither idle nor stuck does it hold up the exit: here until the deadline of
+    its operation, which the test does not wait for."""
     code = UNCLOSED.format(operations=3, missing=missing)
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True, timeout=60)
-    only_torch = time.monotonic() - start
-    start = time.monotonic()
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert time.monotonic() - start < 3 * only_torch + seconds

@@ -76,7 +76,7 @@ def latecomer_then_retry(c):
         assert caught.value.seconds >= timeout - 0.1
         assert f"rank {late}" in str(caught.value)
         if c.rank == late:
-            assert time.monotonic() - start < 0.5
+            assert time.monotonic() - start < 15, "at its own deadline only"
             assert "gave up" in str(caught.value)
     several_rounds(c.session())
 
@@ -289,6 +289,6 @@ def test_rank_that_closes_its_channel_is_named():
             with pytest.raises(EPPeerError) as caught:
                 channel.all_to_all_single(torch.empty(3), torch.empty(3), ones, ones)
             assert caught.value.ranks == (1,)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10, "at the deadline only"
 
     run_threads(3, body)

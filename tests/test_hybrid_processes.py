@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from collective_cases import SETTINGS, cached, combine, dispatch, open_hybrid, v2_spec
 from hybrid_cases import CROSSED, ROUTING, usual, works
 
@@ -38,8 +39,8 @@ def act(backend, rank, operation, before):
         backend.barrier()
 
 
-def opened(world, seconds):
-    return open_hybrid(communicator_of(world.group), CROSSED, replace(SETTINGS, timeout_seconds=seconds))
+def opened(group, seconds):
+    return open_hybrid(communicator_of(group), CROSSED, replace(SETTINGS, timeout_seconds=seconds))
 
 
 def when(backend, where, do):
@@ -64,15 +65,27 @@ def when(backend, where, do):
 VICTIM = 3
 
 
-def lost_in(world, how, operation, where):
-    backend = opened(world, 20 if how == signal.SIGKILL else 1.0)
-    before = usual(backend, world.rank)
+def lost_in_each(world, how, scenes):
+    """Ranks 0, 1 and 2 play every scene, each with another rank beside them, which is lost in it."""
+    victims = range(VICTIM, world.size)
+    groups = [dist.new_group((*range(VICTIM), victim)) for victim in victims]
+    played = []
+    for victim, group, (operation, where) in zip(victims, groups, scenes, strict=True):
+        if world.rank < VICTIM or world.rank == victim:
+            played.append(lost_in(world, group, how, operation, where))
+    return played
+
+
+def lost_in(world, group, how, operation, where):
+    rank = group.rank()
+    backend = opened(group, 20 if how == signal.SIGKILL else 1.0)
+    before = usual(backend, rank)
 
     def die():
         world.tell("died", True)
         os.kill(os.getpid(), how)
 
-    if world.rank == VICTIM:
+    if rank == VICTIM:
         if where == "before":
             time.sleep(0.3)  # the others sleep in their wait by then
         when(backend, where, die)
@@ -82,14 +95,17 @@ def lost_in(world, how, operation, where):
     for _ in range(4):
         begin = time.monotonic()
         try:
-            act(backend, world.rank, operation, before)
+            act(backend, rank, operation, before)
         except EPError as e:
             errors.append((type(e), e.ranks, bool(e.op and e.phase), str(e), time.monotonic() - begin))
     begin = time.monotonic()
     backend.close()
     closing = time.monotonic() - begin
     del backend, before
-    assert not leftovers()
+    end = time.monotonic() + 10
+    while left := leftovers():  # transfers to a stopped rank hold their tensors until gloo gives them up
+        assert time.monotonic() < end, (operation, where, left)
+        time.sleep(0.05)
     return errors, closing
 
 
@@ -110,45 +126,45 @@ SCENES = [
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("how", "operation", "where"),
-    [(signal.SIGKILL, *scene) for scene in SCENES] + [(signal.SIGSTOP, *scene) for scene in SCENES[::3]],
-    ids=lambda word: getattr(word, "name", word).replace(" ", "-"),
-)
-def test_a_process_goes(how, operation, where):
+    ("how", "scenes"), [(signal.SIGKILL, SCENES[:6]), (signal.SIGKILL, SCENES[6:]), (signal.SIGSTOP, SCENES[::3])],
+    ids=["killed in a dispatch", "killed in a combine", "stopped"],
+)  # fmt: skip
+def test_a_process_goes(how, scenes):
     """All ranks of both domains raise at once, or at the deadline; whoever waits for the lost one itself names it."""
-    ranks = run_world(4, lost_in, how, operation, where, lost=(VICTIM,), timeout_seconds=30)
-    assert ranks[VICTIM].said == {"died": True}
+    victims = tuple(range(VICTIM, VICTIM + len(scenes)))
+    ranks = run_world(VICTIM + len(scenes), lost_in_each, how, scenes, lost=victims, timeout_seconds=60)
     killed = how == signal.SIGKILL
-    named = set()
-    for rank in ranks[:VICTIM]:
-        errors, closing = rank.result
-        # A rank that had everything it needs hears of it in the next operation, or the one after.
-        assert len(errors) >= 2, errors
-        kind, who, placed, text, seconds = errors[0]
-        assert kind is EPPeerError if killed else kind in (EPTimeoutError, EPPeerError)
-        assert who
-        assert placed
-        assert seconds < 10, "far from the deadline of a killed one, and beyond that of a stopped one"
-        assert {e[3] for e in errors} == {text}, "later calls raise the same"
-        assert closing < 5
-        named.add(who)
-    assert (VICTIM,) in named
+    for number, scene in enumerate(scenes):
+        assert ranks[victims[number]].said == {"died": True}, scene
+        named = set()
+        for rank in ranks[:VICTIM]:
+            errors, closing = rank.result[number]
+            # A rank that had everything it needs raises in the next operation, or the one after.
+            assert len(errors) >= 2, (scene, errors)
+            kind, who, placed, text, seconds = errors[0]
+            assert kind is EPPeerError if killed else kind in (EPTimeoutError, EPPeerError), (scene, errors)
+            assert who and placed, (scene, errors)
+            assert seconds < 10, f"{scene}: far from the deadline of a killed one, and beyond that of a stopped one"
+            assert {e[3] for e in errors} == {text}, f"{scene}: later calls raise the same"
+            assert closing < 10, scene
+            named.add(who)
+        assert (VICTIM,) in named, (scene, named)
 
 
 def interrupted(world, where):
     """Rank 0 is interrupted in a wait: on the rail, because rank 1 lingers, or in the domain, because rank 3 does."""
-    backend = opened(world, 30)
+    backend = opened(world.group, 30)
     before = usual(backend, world.rank)
     lingers = {"rail": 1, "domain": 3, "background": 1}[where]
     if world.rank == lingers:
-        when(backend, "notify" if where == "domain" else "rail 1", lambda: time.sleep(1.5))
+        when(backend, "notify" if where == "domain" else "rail 1", lambda: world.wait_for("interrupted"))
     background = where == "background"
     begin = time.monotonic()
     if world.rank == 0:
         threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             dispatch(backend, v2_spec(ROUTING, 0, expand=False), background=background)
-        assert time.monotonic() - begin < 1.4, "it was interrupted in its wait"
+        world.set("interrupted")
         with pytest.raises(EPError, match="nterrupt"):
             backend.barrier()
     else:
@@ -166,7 +182,7 @@ def test_ctrl_c(where):
 
 
 def forked(world):
-    backend = opened(world, 20)
+    backend = opened(world.group, 20)
     before = usual(backend, world.rank)
     combine(backend, CombineSpec(before.recv_x, before.plan), background=True)
     child = os.fork()
@@ -199,7 +215,7 @@ def test_a_forked_child_is_refused_and_its_parent_goes_on():
 
 
 def many(world):
-    backend = opened(world, 20)
+    backend = opened(world.group, 20)
     rank = world.rank
 
     def iterate(backend, n):

@@ -13,8 +13,10 @@ from deep_ep_py.testing import conformance_v1 as v1
 from deep_ep_py.testing import conformance_v2 as v2
 from deep_ep_py.testing.conformance_v1 import rank_of
 from deep_ep_py.testing.conformance_v2 import MODES
+from deep_ep_py.testing.devices import carry
 
 COMPACT, EXPAND = MODES[0], MODES[2]
+CPU = torch.device("cpu")
 FIRST = Case((33, 0, 40), hidden=96, num_experts=7, routing="distinct")
 SECOND = Case((20, 50, 1), hidden=200, num_topk=3, num_experts=10, dtype=torch.float32, seed=2)
 PAIR = Case((33, 40), hidden=96, num_experts=7, routing="distinct")
@@ -248,21 +250,110 @@ def test_v2_async(mode, backend):
     run_threads(3, async_v2, backend, mode)
 
 
-def async_inputs_are_owned(comm, backend):
-    """Inputs dropped (and their memory reused) right after an asynchronous call."""
-    rank = rank_of(comm)
-    expected = v1.expected_dispatch(SECOND)[rank]
+ROWS_AND_SCALES = Case(
+    (20, 50, 1), hidden=200, num_topk=3, num_experts=10, dtype=torch.float8_e4m3fn, sf="f32", gaps="rows", seed=2
+)
+
+
+def hold_background(buffer, released):
+    """What an operation does in the background, its reading of the inputs first of all, waits until ``released``."""
+    backend = buffer._engine.backend
+
+    def held(step):
+        def wait_and_do(*args):
+            assert released.wait(20), "still held"
+            return step(*args)
+
+        return wait_and_do
+
+    if backend.name == "shm":
+        hook = held(lambda: None)
+        backend.set_phase_hook(lambda phase: hook() if phase in ("place", "copy") else None)
+    else:
+        backend._deliver, backend._combine = held(backend._deliver), held(backend._combine)
+
+
+def with_inputs_gone(released, call, *args, **inputs):
+    """``call(*args, **inputs)`` with copies of the tensors, none of which is there any more when the background begins:
+    their memory is in other use."""
+
+    copies = [carry(value, CPU) for value in (*args, *inputs.values())]
+    flat = [t for value in copies for t in (value if isinstance(value, tuple) else (value,))]
+    sizes = [t.untyped_storage().nbytes() for t in flat if isinstance(t, torch.Tensor)]
+    released.clear()
+    result = call(*copies[: len(args)], **dict(zip(inputs, copies[len(args) :], strict=True)))
+    del copies, flat
+    junk = [torch.full((size,), 0x55, dtype=torch.uint8) for size in sizes for _ in range(3)]
+    released.set()
+    result[-1].current_stream_wait()
+    del junk
+    return result
+
+
+def async_inputs_v1(comm, backend):
+    rank, case, released = rank_of(comm), ROWS_AND_SCALES, threading.Event()
+    mine, expected = v1.make_inputs(case)[rank], v1.expected_dispatch(case)[rank]
+    y, weights = v1.rows_of(case, rank, expected.num_recv), v1.weights_of(case, rank, expected.num_recv)
+    topk = {"topk_idx": mine.topk_idx, "topk_weights": mine.topk_weights}
+    options = {"async_finish": True, "allocate_on_comm_stream": True}
     with v1.open_buffer(comm, backend) as buffer:
-        handle = v1.dispatch(buffer, SECOND, rank)[4]
-        for _ in range(5):
-            x = v1.make_inputs(SECOND)[rank].x.clone()
-            cached = buffer.dispatch(x, handle=handle, async_finish=True, allocate_on_comm_stream=True)
-            del x
-            junk = [torch.full(expected.recv_x.shape, 7.0, dtype=SECOND.dtype) for _ in range(4)]
-            cached[-1].current_stream_wait()
-            v1.check_recv_x(cached[0], expected)
-            del junk
+        wanted, wanted_weights = v1.expected_combine(case, 2, 0, v1.domain_size(buffer))[rank]
+        layout = v1.layout_arguments(buffer.get_dispatch_layout(mine.topk_idx, case.num_experts))
+        hold_background(buffer, released)
+        result = with_inputs_gone(released, buffer.dispatch, v1.payload(case, rank), **topk, **layout, **options)
+        v1.check_dispatched(result, expected)
+        handle = result[4]
+        cached = with_inputs_gone(released, buffer.dispatch, v1.payload(case, rank), handle=handle, **options)
+        v1.check_recv_x(cached[0], expected)
+        out, out_weights, _ = with_inputs_gone(
+            released, buffer.combine, y, handle, topk_weights=weights, bias=mine.bias, **options
+        )
+        v1.assert_same_bits(out, wanted, "combined_x")
+        v1.assert_same_bits(out_weights, wanted_weights, "combined_topk_weights")
 
 
-def test_async_calls_own_their_inputs(backend):
-    run_threads(3, async_inputs_are_owned, backend)
+def async_inputs_v2(comm, backend, mode):
+    rank, case, released = rank_of(comm), ROWS_AND_SCALES, threading.Event()
+    mine, expected = v2.make_inputs(case)[rank], v2.expected_dispatch(case, mode)[rank]
+    y, weights = v2.combine_inputs(case, mode, rank)
+    options = {"async_with_compute_stream": True, "allocate_on_comm_stream": True}
+    sizes = {"num_experts": case.num_experts, "num_max_tokens_per_rank": case.num_max_tokens_per_rank}
+    with v2.open_buffer(comm, backend) as buffer:
+        wanted, wanted_weights = v2.expected_combine(case, mode, 2, 0, v2.domain_size(buffer))[rank]
+        hold_background(buffer, released)
+        result = with_inputs_gone(
+            released,
+            buffer.dispatch,
+            v1.payload(case, rank),
+            mine.topk_idx,
+            mine.topk_weights,
+            do_expand=mode.expand,
+            **sizes,
+            **options,
+        )
+        v2.check_dispatched(result, expected, case, mode, rank)
+        cached = with_inputs_gone(
+            released,
+            buffer.dispatch,
+            v1.payload(case, rank),
+            handle=result[3],
+            topk_weights=mine.topk_weights,
+            do_expand=mode.expand,
+            **options,
+        )
+        v2.check_recv_x(cached[0], expected)
+        v2.check_rows(cached[2], expected.recv_topk_weights, expected.row_valid, "the cached dispatch's weights")
+        out, out_weights, _ = with_inputs_gone(
+            released, buffer.combine, y, result[3], topk_weights=weights, bias=mine.bias, **options
+        )
+        v2.assert_same_bits(out, wanted, "combined_x")
+        v2.assert_same_bits(out_weights, wanted_weights, "combined_topk_weights")
+
+
+def test_v1_async_calls_own_their_inputs(backend):
+    run_threads(3, async_inputs_v1, backend)
+
+
+@pytest.mark.parametrize("mode", [COMPACT, EXPAND], ids=lambda m: m.id)
+def test_v2_async_calls_own_their_inputs(mode, backend):
+    run_threads(3, async_inputs_v2, backend, mode)

@@ -15,6 +15,7 @@ from deep_ep_py.communicator import TorchCommunicator
 from deep_ep_py.errors import EPPeerError, EPTimeoutError
 from deep_ep_py.testing import Case, conformance_v1, conformance_v2, run_processes
 from deep_ep_py.testing.conformance_v2 import Mode
+from deep_ep_py.testing.worlds import store_of_processes
 
 pytestmark = pytest.mark.processes
 
@@ -115,17 +116,19 @@ def opened(group, timeout):
 def late(group):
     """Rank 1 does not come: the others name it at the deadline, which their group has not, and abort the exchange."""
     rows, inner = opened(group, 1.0)
+    store = store_of_processes()
     if group.rank() == 1:
-        time.sleep(4)
+        store.wait(["raised 0", "raised 2"])
         rows.close()
         return inner.ended
     start = time.monotonic()
     with pytest.raises(EPTimeoutError) as caught:
         exchange(rows, group.size())
     assert caught.value.ranks == (1,)
-    assert 0.9 < time.monotonic() - start < 4
+    assert time.monotonic() - start > 0.9
     with pytest.raises(EPTimeoutError):
         exchange(rows, group.size())
+    store.set(f"raised {group.rank()}", "")
     rows.close()
     rows.close()
     return inner.ended
@@ -138,15 +141,17 @@ def test_rank_that_is_late():
 def leaves(group):
     """Rank 1 leaves, and the others wait for it: they hear of it long before the deadline."""
     rows, inner = opened(group, 60.0)
+    store = store_of_processes()
     if group.rank() == 1:
         rows.close()
-        time.sleep(4)
+        store.wait(["raised 0", "raised 2"])
         return inner.ended
     start = time.monotonic()
     with pytest.raises(EPPeerError, match="left in the middle") as caught:
         exchange(rows, group.size())
     assert caught.value.ranks == (1,)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 30, "at the deadline only"
+    store.set(f"raised {group.rank()}", "")
     rows.close()
     return inner.ended
 

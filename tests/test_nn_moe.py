@@ -179,6 +179,24 @@ def test_autocast_computes_in_its_dtype():
     assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
+def starts_of_experts(communicator, separate_plan):
+    """Where the rows of each expert end, and how many rows there are."""
+    buffer, seen = ElasticBuffer(communicator, hidden=H), []
+    layer = MoELayer(H, WIDTH, 6, 2, buffer, expert_alignment=8, separate_plan=separate_plan)
+    layer.experts.register_forward_pre_hook(lambda _, args: seen.append((args[1].tolist(), len(args[0]))))
+    layer(torch.randn(5 + communicator.rank, H))
+    buffer.destroy()
+    return seen
+
+
+@pytest.mark.parametrize("separate_plan", [False, True])
+def test_experts_rows_are_aligned(separate_plan):
+    for ((ends, num_rows),) in run_threads(2, starts_of_experts, separate_plan):
+        assert num_rows > 0
+        assert ends[-1] == num_rows
+        assert all(end % 8 == 0 for end in ends), ends
+
+
 # --- processes: three steps of training, gradients and load reduced over a process group --------------------------
 
 STEPS, SEQUENCES, LENGTH = 3, 2, 8

@@ -16,7 +16,7 @@ from deep_ep_py._pairs import TorchPairs, gather
 from deep_ep_py.communicator import communicator_of
 from deep_ep_py.errors import EPPeerError, EPTimeoutError
 from deep_ep_py.testing import run_processes
-from deep_ep_py.testing.worlds import process_context
+from deep_ep_py.testing.worlds import process_context, store_of_processes
 
 
 class Silent:
@@ -100,8 +100,8 @@ def test_a_process_goes(how, error, tmp_path):
             errors, seconds, closing = ended.get(timeout=40)
             assert len(errors) >= 2
             assert set(errors) == {(error, (20,))}, errors
-            assert seconds < 10
-            assert closing < 2
+            assert seconds < 15, "at the deadline only, or never"
+            assert closing < 15, "it waits for nobody"
     finally:
         for process in ranks:
             process.kill()
@@ -147,13 +147,12 @@ def interrupted(group):
     if c.rank == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-        start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             exchange(c, channel).wait()
-        assert time.monotonic() - start < 5
         channel.close()
+        store_of_processes().set("interrupted", "")
         return True
-    time.sleep(1.5)
+    store_of_processes().wait(["interrupted"])
     # Rank 0 had begun the first of these, and closed with its rows under way.
     with pytest.raises(EPPeerError) as caught:
         for _ in range(2):

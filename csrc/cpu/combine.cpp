@@ -140,14 +140,13 @@ BlockRef Engine::share_rows(const CombineParams& p, BlockPtr* copy) {
   *copy = heap_->allocate(bytes);
   ++counters_.copied_combine_inputs;
   const Kernels& kernel = kernels();
-  const bool stream = static_cast<int64_t>(bytes) > kStreamBytes;
   threads_.run(p.y_rows, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
+    const StreamScope stream(static_cast<int64_t>(bytes));
     for (int64_t i = begin; i < end; ++i) {
       void* to = (*copy)->data + i * p.row_bytes;
       kernel.copy_row(static_cast<const char*>(p.y) + i * p.y_stride_bytes, &to, 1, static_cast<size_t>(p.row_bytes),
-                      stream);
+                      stream.streams());
     }
-    if (stream) kernel.fence();
   });
   return (*copy)->ref();
 }
@@ -250,36 +249,35 @@ void Engine::reduce(const CombineParams& p, const Pull& pull, const SharedRows& 
                                           " rows: it is not this combine's");
   }
   const auto reduce_row = kernels().reduce_row[static_cast<int>(p.dtype)];
-  const bool stream = pull.num_tokens * p.row_bytes > kStreamBytes;
   const auto take_weights = p.weight_bytes == 8 ? &combine_weights<double> : &combine_weights<float>;
   auto address = [&](int64_t target) -> const void* {
     const int r = from.world.local_of(target_rank(target));
     return r < 0 ? nullptr : from.rows[r] + target_row(target) * p.row_bytes;
   };
-  threads_.run(pull.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background),
-               [&](int64_t begin, int64_t end) {
-                 FloatEnvironment nearest_and_no_flushing;
-                 Recipe recipe(pull.num_slots, pull.reduce_per_rank);
-                 ReduceRow row;
-                 row.num_bias = pull.num_bias;
-                 row.elems = static_cast<size_t>(p.hidden);
-                 row.stream = stream;
-                 for (int64_t t = begin; t < end; ++t) {
-                   const int64_t* targets = pull.targets + t * pull.num_slots;
-                   if (pull.out && pull.verbatim) {
-                     void* to = static_cast<char*>(pull.out) + t * p.row_bytes;
-                     kernels().copy_row(address(targets[0]), &to, 1, static_cast<size_t>(p.row_bytes), stream);
-                   } else if (pull.out) {
-                     recipe.gather(targets, pull.num_slots, address, &row);
-                     for (int b = 0; b < pull.num_bias; ++b)
-                       row.bias[b] = static_cast<const char*>(pull.bias[b]) + t * p.row_bytes;
-                     row.out = static_cast<char*>(pull.out) + t * p.row_bytes;
-                     reduce_row(row);
-                   }
-                   if (pull.out_weights) take_weights(pull, p.num_weights, targets, from, t);
-                 }
-                 if (stream) kernels().fence();
-               });
+  threads_.run(
+      pull.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
+        FloatEnvironment nearest_and_no_flushing;
+        const StreamScope stream(pull.num_tokens * p.row_bytes);
+        Recipe recipe(pull.num_slots, pull.reduce_per_rank);
+        ReduceRow row;
+        row.num_bias = pull.num_bias;
+        row.elems = static_cast<size_t>(p.hidden);
+        row.stream = stream.streams();
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t* targets = pull.targets + t * pull.num_slots;
+          if (pull.out && pull.verbatim) {
+            void* to = static_cast<char*>(pull.out) + t * p.row_bytes;
+            kernels().copy_row(address(targets[0]), &to, 1, static_cast<size_t>(p.row_bytes), stream.streams());
+          } else if (pull.out) {
+            recipe.gather(targets, pull.num_slots, address, &row);
+            for (int b = 0; b < pull.num_bias; ++b)
+              row.bias[b] = static_cast<const char*>(pull.bias[b]) + t * p.row_bytes;
+            row.out = static_cast<char*>(pull.out) + t * p.row_bytes;
+            reduce_row(row);
+          }
+          if (pull.out_weights) take_weights(pull, p.num_weights, targets, from, t);
+        }
+      });
 }
 
 }  // namespace deep_ep

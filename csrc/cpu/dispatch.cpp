@@ -87,7 +87,7 @@ void Engine::place(DispatchFlight& flight, const Source& source) {
                                           std::to_string(target_rank(target)) +
                                           ", which has no such row: it is not this dispatch's");
   }
-  const bool stream = std::max(moved, flight.num_rows) * p.row_bytes > kStreamBytes;
+  const int64_t total_bytes = std::max(moved, flight.num_rows) * p.row_bytes;
   const auto* x = static_cast<const char*>(source.x);
   const auto* sf = source.rows ? static_cast<const char*>(source.sf) : nullptr;
 
@@ -128,6 +128,7 @@ void Engine::place(DispatchFlight& flight, const Source& source) {
 
   threads_.run(
       source.num_tokens, kTokensPerChunk, threads_for(p.max_threads, p.background), [&](int64_t begin, int64_t end) {
+        const StreamScope stream(total_bytes);
         std::vector<void*> x_rows(num_slots), sf_rows(num_slots);
         for (int64_t t = begin; t < end; ++t) {
           int n = 0;
@@ -150,11 +151,11 @@ void Engine::place(DispatchFlight& flight, const Source& source) {
           }
           if (n == 0) continue;
           if (copy_x)
-            kernel.copy_row(x + t * source.x_stride_bytes, x_rows.data(), n, static_cast<size_t>(p.row_bytes), stream);
+            kernel.copy_row(x + t * source.x_stride_bytes, x_rows.data(), n, static_cast<size_t>(p.row_bytes),
+                            stream.streams());
           if (sf)
             kernel.copy_row(sf + t * source.sf_stride_bytes, sf_rows.data(), n, static_cast<size_t>(p.sf_bytes), false);
         }
-        if (stream) kernel.fence();
       });
   if (expand && !p.cached && source.small) describe_slots(flight, source);
 }

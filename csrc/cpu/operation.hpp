@@ -18,9 +18,23 @@ namespace deep_ep {
 using Interrupted = std::function<bool()>;
 using Events = std::vector<std::shared_ptr<Event>>;
 
-// Moves above this size bypass the caches: they would evict what the receiver is about to compute with, and a plain
-// store reads the line first.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
+// A thread's share of a move of `total_bytes`. Large moves bypass the caches: they would evict what the receiver is
+// about to compute with, and a plain store reads the line first. A release does not order such stores, so the end of
+// this scope does.
+class StreamScope {
+ public:
+  explicit StreamScope(int64_t total_bytes) : streams_(total_bytes > kStreamBytes) {}
+  ~StreamScope() {
+    if (streams_) kernels().fence();
+  }
+  StreamScope(const StreamScope&) = delete;
+  StreamScope& operator=(const StreamScope&) = delete;
+  bool streams() const { return streams_; }
+
+ private:
+  static constexpr int64_t kStreamBytes = int64_t{8} << 20;
+  const bool streams_;
+};
 
 // The ranks that targets and placements name, where these are more than the engine's own: several domains.
 struct World {

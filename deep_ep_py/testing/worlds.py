@@ -113,6 +113,13 @@ def run_processes(num_ranks: int, fn: Callable[..., Any], *args: Any, timeout_se
                         worker.join()
 
 
+def store_of_processes() -> Any:
+    """A store that the ranks of :func:`run_processes` share: ``set`` and ``wait`` for what a rank must not do early."""
+    import torch.distributed as dist
+
+    return dist.PrefixStore("test", dist.distributed_c10d._get_default_store())
+
+
 def process_context(method: str) -> Any:
     """How ranks are started. "fork" is none of the ways: this process may have threads, and buffers."""
     if method != "forkserver":

@@ -30,18 +30,18 @@ def worlds(played):
     return played[0]
 
 
-@pytest.mark.parametrize("name", CHECKS)
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_equals_the_dense_layer(worlds, num_ranks, name):
-    figures = [rank[name] for rank in worlds[num_ranks]]
-    for rank, figure in enumerate(figures):
-        wrong = {key: figure[key] for key in MUST_BE_ZERO if figure.get(key)}
-        assert not wrong, f"rank {rank}: elements that differ: {wrong}"
-        assert figure["dtype"] == f"torch.{name.split('-')[2]}"
-    if name.startswith("functions-empty"):
-        assert figures[-1]["tokens"] == figures[0]["rows"] == 0
-    else:
-        assert all(figure["tokens"] for figure in figures)
+def test_equals_the_dense_layer(worlds, num_ranks):
+    for name in CHECKS:
+        figures = [rank[name] for rank in worlds[num_ranks]]
+        for rank, figure in enumerate(figures):
+            wrong = {key: figure[key] for key in MUST_BE_ZERO if figure.get(key)}
+            assert not wrong, f"{name}, rank {rank}: elements that differ: {wrong}"
+            assert figure["dtype"] == f"torch.{name.split('-')[2]}"
+        if name.startswith("functions-empty"):
+            assert figures[-1]["tokens"] == figures[0]["rows"] == 0, name
+        else:
+            assert all(figure["tokens"] for figure in figures), name
 
 
 def test_leaves_cleanly_with_its_buffer_in_a_global(played):

@@ -55,12 +55,21 @@ class Rank:
 
 @dataclass(frozen=True)
 class World:
-    """What a rank's function gets: its rank, the gloo world, a way to tell the test something at once."""
+    """What a rank's function gets: its rank, the gloo world, ways to tell the test or the other ranks something at
+    once."""
 
     rank: int
     size: int
     group: Any
     tell: Callable[[str, Any], None]
+    store: dist.Store
+
+    def set(self, key: str) -> None:
+        self.store.set(key, "")
+
+    def wait_for(self, key: str) -> None:
+        """Until some rank has set it."""
+        self.store.wait([key], timedelta(seconds=30))
 
 
 def run_world(
@@ -154,12 +163,13 @@ def _worker(
     tempfile.tempdir = scratch
     os.environ["TMPDIR"] = scratch
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server of the forks ignores it
+    gc.freeze()  # what was imported before: `leftovers` collects in milliseconds instead of tenths of a second
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=30)
-        )
-        result = fn(World(rank, size, dist.group.WORLD, lambda key, value: pipe.send((key, value))), *args)
+        shared = dist.FileStore(store, size)
+        dist.init_process_group("gloo", store=shared, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+        tell = lambda key, value: pipe.send((key, value))  # noqa: E731
+        result = fn(World(rank, size, dist.group.WORLD, tell, dist.PrefixStore("test", shared)), *args)
         pipe.send(("result", result))
     except BaseException:
         pipe.send(("failed", traceback.format_exc()))

@@ -7,10 +7,11 @@ import torch
 from fault_world import SMALL, World, run_world, shm_settings, use
 
 from deep_ep_py import Buffer, ElasticBuffer
-from deep_ep_py.errors import EPArgumentError, EPError, EPMismatchError
+from deep_ep_py.errors import EPArgumentError, EPError, EPMismatchError, EPPeerError
+from deep_ep_py.layout import primary
+from deep_ep_py.testing import Case, make_inputs, run_threads
 from deep_ep_py.testing import conformance_v1 as v1
 from deep_ep_py.testing import conformance_v2 as v2
-from deep_ep_py.testing import make_inputs, run_threads
 
 RANKS, WRONG = SMALL.num_ranks, 1
 
@@ -117,6 +118,30 @@ def no_such_expert(comm):
 
 def test_expert_out_of_range():
     run_threads(RANKS, no_such_expert)
+
+
+def row_beyond_the_weights(comm):
+    """A handle that names a row which the output's rows would have room for, since blocks are rounded up, and its
+    weights would not: nothing is written there."""
+    case = Case((3, 4), hidden=1, num_topk=8, num_experts=16, dtype=torch.uint8)
+    mine, buffer = make_inputs(case)[comm.rank], ElasticBuffer(comm, settings=shm_settings(timeout_seconds=5))
+    handle = v2.dispatch(buffer, case, v2.MODES[0], comm.rank)[3]
+    targets = handle._plan.targets
+    if comm.rank == 0:
+        token, slot = primary(targets).nonzero()[0].tolist()
+        targets[token, slot] += 100
+    with pytest.raises(EPError) as caught:
+        buffer.dispatch(mine.x, handle=handle, topk_weights=mine.topk_weights)
+        buffer.barrier()
+    if comm.rank == 0:
+        assert "it is not this dispatch's" in str(caught.value)
+    else:
+        assert isinstance(caught.value, EPPeerError) and caught.value.ranks == (0,)
+    buffer.destroy()
+
+
+def test_handle_with_a_row_beyond_the_weights():
+    run_threads(2, row_beyond_the_weights)
 
 
 def different_operations(comm):

@@ -76,11 +76,11 @@ def test_destroy_frees_while_the_object_lives():
 def destroyed_in_flight(comm, wait):
     """Rank 0 destroys while its operation waits for rank 1, who then hears of it."""
     rank = v1.rank_of(comm)
-    buffer = Buffer(comm, settings=shm_settings(timeout_seconds=15))
+    buffer = Buffer(comm, settings=shm_settings(timeout_seconds=DEADLINE))
     result = v1.dispatch(buffer, SMALL_PAIR, rank)
     destroyed = DESTROYED[wait]
     if rank == 1:
-        assert destroyed.wait(10)
+        assert destroyed.wait(DEADLINE)
         with pytest.raises(EPPeerError) as caught:
             if wait == "background":  # rank 0 had published it: this one may still end well
                 buffer.combine(result[0].clone(), result[4])
@@ -96,21 +96,21 @@ def destroyed_in_flight(comm, wait):
         try:
             event.current_stream_wait() if wait == "background" else buffer._engine.barrier()
         except EPError as e:
-            raised.append((time.monotonic(), str(e)))
+            raised.append(str(e))
 
     thread = threading.Thread(target=act)
     thread.start()
     time.sleep(0.2)
     begin = time.monotonic()
     buffer.destroy()
-    assert time.monotonic() - begin < 4, "destroy waits for nobody"
-    thread.join(5)
+    thread.join(DEADLINE)
     destroyed.set()
     assert not thread.is_alive(), "the operation under way was left waiting"
-    assert raised and raised[0][0] - begin < 4, raised
-    assert "destroyed" in raised[0][1], raised
+    assert time.monotonic() - begin < DEADLINE / 2, "destroy waits for nobody"
+    assert len(raised) == 1 and "destroyed" in raised[0], raised
 
 
+DEADLINE = 20.0
 DESTROYED = {"background": threading.Event(), "foreground": threading.Event()}
 
 
@@ -170,7 +170,7 @@ def test_destroy_before_the_worker_has_begun_to_copy():
 def broken_between_halves(comm):
     """An exception after the rendezvous and before the rows move: peers hear of it at once, not at the deadline."""
     rank = v1.rank_of(comm)
-    buffer = Buffer(comm, settings=shm_settings(timeout_seconds=12))
+    buffer = Buffer(comm, settings=shm_settings(timeout_seconds=DEADLINE))
     v1.dispatch(buffer, SMALL_PAIR, rank)
     begin = time.monotonic()
     if rank == 0:
@@ -188,7 +188,7 @@ def broken_between_halves(comm):
         with pytest.raises(EPPeerError) as caught:
             v1.dispatch(buffer, SMALL_PAIR, rank)
         assert caught.value.ranks == (0,)
-    assert time.monotonic() - begin < 3, "noticed at the deadline only"
+    assert time.monotonic() - begin < DEADLINE / 2, "noticed at the deadline only"
 
 
 def test_exception_between_the_halves():
@@ -232,9 +232,10 @@ def test_calls_in_a_forked_child():
     run_world(2, forked)
 
 
-# Twenty interpreters for the price of one import: each fork ends as an interpreter does, to the last finaliser.
+# Twenty interpreters for the price of one import: each fork ends as an interpreter does, to the last finaliser. What
+# was imported is frozen, so that each collects in tenths of a second instead of seconds.
 EXITS = """
-import os, sys, threading, torch
+import gc, os, sys, threading, torch
 torch.set_num_threads(1)
 from deep_ep_py import Buffer, ElasticBuffer
 from deep_ep_py.communicator import thread_world
@@ -244,6 +245,7 @@ from deep_ep_py.testing import Case, conformance_v1 as v1
 case = Case((9, 12), hidden=40, num_topk=3, num_experts=7, dtype=torch.float32)
 v1.expected_dispatch(case)
 buffers, kept = {}, {}
+gc.freeze()
 
 def rank_body(comm, number):
     buffer = buffers[comm.rank] = Buffer(comm, settings=Settings(backend="shm", timeout_seconds=60))
@@ -270,8 +272,9 @@ else:
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(300)
 def test_interpreter_exit_with_the_buffer_in_a_global():
-    assert run_script(EXITS, timeout=100) == "done\n"
+    assert run_script(EXITS, timeout=280) == "done\n"
 
 
 def exit_of_a_process(world: World):

@@ -91,22 +91,23 @@ def no_growth(world: World, operation: str):
     return message
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize("operation", ["dispatch", "combine"])
-def test_machines_limit(operation):
-    """It goes on, or every rank raises at once, with the size and what to do."""
-    messages = [r.result for r in run_world(2, no_growth, operation)]
-    assert all(messages) or not any(messages), messages
-    for message in messages:
-        if message:
-            assert "MiB" in message, message
-            assert "emedy" in message, message
+def no_growth_in_each(world: World):
+    return {operation: no_growth(world, operation) for operation in ("dispatch", "combine", "empty")}
 
 
 @pytest.mark.processes
-def test_machines_limit_of_empty():
-    """`empty` promises ordinary memory where the heap has none."""
-    assert [r.result for r in run_world(2, no_growth, "empty")] == ["", ""]
+def test_machines_limit():
+    """It goes on, or every rank raises at once, with the size and what to do. `empty` goes on: it promises ordinary
+    memory where the heap has none."""
+    found = [r.result for r in run_world(2, no_growth_in_each)]
+    for operation in ("dispatch", "combine"):
+        messages = [by_operation[operation] for by_operation in found]
+        assert all(messages) or not any(messages), messages
+        for message in messages:
+            if message:
+                assert "MiB" in message, message
+                assert "emedy" in message, message
+    assert [by_operation["empty"] for by_operation in found] == ["", ""]
 
 
 def growing(comm):

@@ -69,7 +69,7 @@ struct Member {
   std::unique_ptr<Attendant> attendant;
 };
 
-bool soon(const std::function<bool()>& happened, int milliseconds = 5000) {
+bool soon(const std::function<bool()>& happened, int milliseconds = 30000) {
   for (int i = 0; i < milliseconds; ++i) {
     if (happened()) return true;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));

@@ -233,24 +233,45 @@ void agreed_errors() {
   });
 }
 
+// How many ranks have come to a point. Whoever leaves closes its engine, which its peers would see before the error
+// they are to see.
+class Count {
+ public:
+  void add() { ++count_; }
+  void wait_for(int count) const {
+    while (count_ < count)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  void meet(int count) {
+    add();
+    wait_for(count);
+  }
+
+ private:
+  std::atomic<int> count_{0};
+};
+
 // What only some know of ends the buffer on all ranks, in each one's words.
 void poison() {
   World world;
   world.num_ranks = 3;
   world.timeout_seconds = 1.0;
   const Routing g = busy_routing();
+  Count raised, done;
   run_world(world, [&](Rank& rank) {  // a rank does not come
     if (rank.rank == 2) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(2500));
+      raised.wait_for(2);
       EXPECT(has(rank.barrier(), "gave this buffer up"), "%s", rank.error.message);
-      return;
+    } else {
+      const std::string wrong = rank.barrier();
+      EXPECT(has(wrong, " s for ranks [2]") || has(wrong, "gave this buffer up: barrier (operation 1, phase"), "%s",
+             wrong.c_str());
+      EXPECT(rank.error.kind == static_cast<uint32_t>(ErrorKind::timeout) && rank.error.ranks[0] == 2, "kind");
+      EXPECT(rank.error.seconds >= 0.9, "it waited %.1f s, not its deadline", rank.error.seconds);
+      EXPECT(rank.barrier() == wrong, "the same error again");
+      raised.add();
     }
-    const std::string wrong = rank.barrier();
-    EXPECT(has(wrong, "waited 1.0 s for ranks [2]") || has(wrong, "gave this buffer up: barrier (operation 1, phase"),
-           "%s", wrong.c_str());
-    EXPECT(rank.error.kind == static_cast<uint32_t>(ErrorKind::timeout) && rank.error.ranks[0] == 2, "kind");
-    EXPECT(rank.barrier() == wrong, "the same error again");
-    std::this_thread::sleep_for(std::chrono::milliseconds(3000));
+    done.meet(3);
   });
   world.timeout_seconds = 20;
   run_world(world, [&](Rank& rank) {  // a rank leaves
@@ -264,12 +285,11 @@ void poison() {
     if (rank.rank == 1) {
       api().poison(rank.engine, "an exception between halves");
       EXPECT(rank.barrier() == "an exception between halves", "%s", rank.error.message);
-      std::this_thread::sleep_for(std::chrono::milliseconds(500));
-      return;
+    } else {
+      EXPECT(has(rank.barrier(), "rank 1 gave this buffer up: an exception between halves"), "%s", rank.error.message);
+      EXPECT(rank.error.kind == static_cast<uint32_t>(ErrorKind::peer) && rank.error.ranks[0] == 1, "kind");
     }
-    EXPECT(has(rank.barrier(), "rank 1 gave this buffer up: an exception between halves"), "%s", rank.error.message);
-    EXPECT(rank.error.kind == static_cast<uint32_t>(ErrorKind::peer) && rank.error.ranks[0] == 1, "kind");
-    std::this_thread::sleep_for(std::chrono::milliseconds(500));
+    done.meet(6);
   });
   run_world(world, [&](Rank& rank) {  // a handle of something else
     Dispatch d(rank, g);
@@ -283,8 +303,8 @@ void poison() {
     const std::string wrong = rank.barrier();
     if (rank.rank == 0)
       EXPECT(has(wrong, "the handle names row 100000 of rank 1, which published"), "%s", wrong.c_str());
-    EXPECT(!wrong.empty(), "everybody must hear of it");
-    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    EXPECT(!wrong.empty(), "every rank raises");
+    done.meet(9);
   });
 }
 
