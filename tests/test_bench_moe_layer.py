@@ -11,12 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = ROOT / "benchmarks" / "bench_moe_layer.py"
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-# A script's interpreter looks beside the script, which is not where the package lies in a checkout.
-ENV = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    "OMP_NUM_THREADS": "1",
-}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -24,7 +19,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 def run(*command):
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        capture_output=True, text=True, timeout=110, check=False, cwd=ROOT, env=ENV,
+        capture_output=True, text=True, timeout=110, check=False, env=ENV,
     )  # fmt: skip
 
 

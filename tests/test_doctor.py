@@ -12,14 +12,13 @@ import pytest
 from deep_ep_py import ElasticBuffer, Settings, doctor
 from deep_ep_py.testing import run_threads, trials
 
-ROOT = Path(__file__).resolve().parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="shared memory between processes needs Linux")
 
 
 def python(*arguments, **variables):
     env = {k: v for k, v in os.environ.items() if not k.startswith("DEEP_EP_PY_")} | variables
     command = [sys.executable, "-m", "deep_ep_py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=env)
 
 
 def leftovers():

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "moe_text.py"
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "moe_text.py"
 SMALL = ("--tokens", "96", "--hidden", "32", "--experts", "7", "--topk", "3", "--repeats", "1")
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
@@ -18,9 +17,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 def run_example(num_ranks, *arguments, script=EXAMPLE):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)) if num_ranks else ()
     command = [sys.executable, *launcher, str(script), *SMALL, *arguments]
-    # A script's interpreter looks beside the script, which is not where the package lies in a checkout.
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
 
 
 def loads(output):
