@@ -1,5 +1,5 @@
 """Every test that takes ``backend`` runs on every backend of the table. Tests import the installed package, whatever
-the working directory is; slow files start first; where ``--may-skip`` is given, only tests with those marks may skip."""
+the working directory is. Slow files start first. With ``--may-skip`` only tests with the named marks may skip."""
 
 import multiprocessing
 import os
@@ -25,8 +25,8 @@ try:
     from deep_ep_py.testing import BACKENDS
 except ImportError as e:
     raise pytest.UsageError(
-        f"the tests import the installed package, and that failed: {e}. Install it (pip install '.[test]'), or build it "
-        f"in place (python setup.py build_ext --inplace) and set PYTHONPATH={ROOT}"
+        f"the tests import the installed package, and that failed: {e}. Install it (pip install '.[test]'), or build "
+        f"it in place (python setup.py build_ext --inplace) and set PYTHONPATH={ROOT}"
     ) from e
 
 #: Files that run longest, in the order in which they start: what starts last would run alone at the end.
@@ -47,7 +47,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--may-skip",
         metavar="MARK,...",
-        help="fail each test that is skipped and has none of these marks ('' for none); without this option all may skip",
+        help="a test that is skipped and has none of these marks fails ('' for none; without this option all may skip)",
     )
 
 

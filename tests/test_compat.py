@@ -12,7 +12,6 @@ import pkgutil
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 from packaging.version import Version

@@ -1,5 +1,5 @@
-"""What ``cuda_peer`` refuses of torch and of its memory, with a stand-in for torch.cuda. The order of streams is checked
-on a GPU only (benchmarks/gpu_check.py)."""
+"""What ``cuda_peer`` refuses of torch and of its memory, with a stand-in for torch.cuda. benchmarks/gpu_check.py checks
+the order of streams, on a GPU."""
 
 from __future__ import annotations
 

@@ -6,13 +6,11 @@ import contextlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from deep_ep_py.event import EventHandle, EventOverlap, StreamEvent, behind, completions
-
 
 
 class FakeCuda:

@@ -1,6 +1,5 @@
 """The examples run, and fail where their result is wrong."""
 
-import os
 import re
 import subprocess
 import sys
