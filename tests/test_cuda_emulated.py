@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}"),
 ]
 #: Scheduler's policy, seed, probability that a launch is late; each runs a third of the cases and modes.
-SCHEDULES = [(4, 0, 0.0), (1, 1, 0.1), (2, 2, 0.0)]
+SCHEDULES = ("4:0:0", "1:1:0.1", "2:2:0")
 #: File, what stands there, what is put in its place, the cases that are run, a word of the failure.
 PLANTS = {
     "missing block barrier": (
@@ -69,17 +69,15 @@ def test_kernels(build):
     succeed(command, 400, ASAN_OPTIONS=ASAN_OPTIONS)
 
 
-@pytest.mark.parametrize(("policy", "seed", "delays"), SCHEDULES)
-def test_conformance(build, policy, seed, delays):
-    ended = build.python(
-        "conformance", "--policy", policy, "--seed", seed, "--delays", delays, "--every", len(SCHEDULES)
-    )  # fmt: skip
+def test_conformance(build):
+    schedules = [f"--schedule={schedule}" for schedule in SCHEDULES]
+    ended = build.python("conformance", *schedules, "--every", len(SCHEDULES))
     assert ended.returncode == 0 and "passed: " in ended.stdout, f"{ended.stdout[-1500:]}\n{ended.stderr[-6000:]}"
 
 
 @pytest.mark.processes
 def test_conformance_of_processes(build):
-    ended = build.python("conformance", "--processes", "--every", 24, "--seed", 5)
+    ended = build.python("conformance", "--processes", "--every", 24, "--schedule=4:5:0")
     assert ended.returncode == 0 and "passed: " in ended.stdout, f"{ended.stdout[-1500:]}\n{ended.stderr[-6000:]}"
 
 
@@ -99,7 +97,7 @@ def test_planted_faults_are_caught(build, plant):
     file.write_text(sound.replace(before, after))
     try:
         build.make("deep_ep_simt")
-        ended = build.python("conformance", "--match", match, "--policy", 1, DEEP_EP_PY_TIMEOUT_SECONDS="4")
+        ended = build.python("conformance", "--match", match, "--schedule=1:1:0", DEEP_EP_PY_TIMEOUT_SECONDS="4")
     finally:
         file.write_text(sound)
     assert ended.returncode != 0, f"not caught\n{ended.stdout[-1500:]}"

@@ -362,6 +362,17 @@ def test_version_is_the_metadata_s() -> None:
     assert f"## [{declared.group(1)}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_slow_files_that_start_first_are_there() -> None:
+    names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    listed = ast.parse((ROOT / "tests" / "conftest.py").read_text())
+    slow = next(
+        ast.literal_eval(node.value)
+        for node in listed.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SLOW_FIRST"
+    )
+    assert slow and set(slow) <= names
+
+
 def test_linters_are_pinned_alike() -> None:
     pins = [
         set(re.findall(r'"((?:ruff|clang-format)==[\w.]+)"', (ROOT / name).read_text()))
@@ -377,3 +388,10 @@ def test_readme_has_the_command_that_ci_runs() -> None:
         re.DOTALL,
     )
     assert len(found) == 1 and "pytest" in found[0]
+
+
+def test_interpreters_that_tests_start_import_the_same_package() -> None:
+    """And not ``deep_ep_py/`` of the working directory. Where it differs, PYTHONPATH has a relative entry."""
+    command = [sys.executable, "-c", "import deep_ep_py, sys; sys.stdout.write(deep_ep_py.__file__)"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (run.stdout, run.stderr) == (deep_ep_py.__file__, "")
