@@ -25,7 +25,7 @@ def loads(output):
     return [int(number) for numbers in listed for number in numbers.split(",")]
 
 
-@pytest.mark.parametrize("num_ranks", [0, 2, 3], ids=["plain", "2", "3"])
+@pytest.mark.parametrize("num_ranks", [0, 3], ids=["plain", "3"])
 def test_moe_text_equals_the_dense_layer(num_ranks):
     done = run_example(num_ranks)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -40,7 +40,7 @@ def test_moe_text_reads_the_text_it_is_given(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.bin").write_bytes(b"\0" * 500)  # not text, so a folder's reader leaves it out
     done = run_example(2, "--path", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.count("  equal: ") == 2, done.stdout + done.stderr
     assert "96 tokens" in done.stdout and f": {len(text) - 96} tokens" in done.stdout  # the second rank has fewer
     assert "W h o e v e r" in done.stdout
 

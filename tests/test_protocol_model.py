@@ -93,7 +93,8 @@ def run_model(pytestconfig: pytest.Config, tmp_path: Path) -> Callable[..., Resu
         text: str | None = pytestconfig.cache.get(place, None)
         if text is None:
             text = verify(tmp_path, macros, optimise)
-            if not any(sign in text for sign in INCOMPLETE):
+            # A search that ended without an answer, for want of memory, is repeated.
+            if result_of(text).errors > 0 or not any(sign in text for sign in INCOMPLETE):
                 pytestconfig.cache.set(place, text)
         return result_of(text)
 
