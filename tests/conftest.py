@@ -34,6 +34,16 @@ SLOW_FIRST = (
     "test_cuda_emulated.py",
     "test_sanitizers.py",
     "test_protocol_model.py",
+    "test_autograd_compile.py",
+    "test_doctor.py",
+    "test_examples.py",
+    "test_compat.py",
+    "test_bench_moe_layer.py",
+    "test_bench_nodes.py",
+    "test_nodes.py",
+    "test_train_example.py",
+    "test_collective_processes.py",
+    "test_conformance_v2.py",
 )
 
 # A rank that fails must not make its peers wait for the default of minutes. Children inherit it.
