@@ -2,7 +2,8 @@
 pyproject.toml.
 
 ``DEEP_EP_CUDA`` is ``auto`` (the default), ``on`` (no nvcc is an error) or ``off``. ``CMAKE_ARGS`` holds further
-arguments for CMake, for this build alone, such as ``-DDEEP_EP_SANITIZE=address`` or ``-DDEEP_EP_WERROR=ON``.
+arguments for CMake, for this build alone, such as ``-DDEEP_EP_SANITIZE=address`` or ``-DDEEP_EP_WERROR=ON``. Where
+ccache is on PATH, compilers run through it; ``-DDEEP_EP_CCACHE=OFF`` is without.
 """
 
 from __future__ import annotations
@@ -54,12 +55,33 @@ def replace_with(target: Path, source: Path) -> None:
     staged.replace(target)
 
 
+def pybind11_folder() -> Path:
+    """A copy of pybind11 beside the objects. An isolated build has it in a new place on each run, so everything that
+    includes it would be compiled again."""
+    import pybind11
+
+    copy = BUILD / f"pybind11-{pybind11.__version__}"
+    if not copy.exists():
+        shutil.rmtree(staged := copy.with_suffix(".part"), ignore_errors=True)
+        shutil.copytree(Path(pybind11.__file__).parent, staged)
+        staged.rename(copy)
+    return copy / Path(pybind11.get_cmake_dir()).relative_to(Path(pybind11.__file__).parent)
+
+
+def place(made: Path, package: Path) -> None:
+    """Put what was built into a package's folder; what an earlier build put there and this one lacks goes."""
+    for file in made.rglob("*.so"):
+        target = package / file.relative_to(made)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_with(target, file)
+    if not (made / CUDA_LIBRARY).exists():
+        (package / CUDA_LIBRARY).unlink(missing_ok=True)
+
+
 class BuildExtension(build_ext):
     """Runs CMake in a folder of the source tree that outlives the command, so that a second build is incremental."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         discard_foreign_cache()
         cmake = tool("cmake")
         configure = [
@@ -68,7 +90,7 @@ class BuildExtension(build_ext):
             # Given every time: an isolated build finds them in a new place on each run.
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind11_folder()}",
             "-UDEEP_EP_*",  # what an earlier build was told
             f"-DDEEP_EP_CUDA={os.environ.get('DEEP_EP_CUDA') or 'auto'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
@@ -78,14 +100,11 @@ class BuildExtension(build_ext):
         made = BUILD / "package"
         shutil.rmtree(made, ignore_errors=True)  # an earlier build may have been told to make more
         run([cmake, "--install", str(BUILD), "--component", "package", "--prefix", str(made)])
-        folder = Path(self.get_ext_fullpath(ext.name)).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in made.rglob("*.so"):
-            target = folder / file.relative_to(made)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            replace_with(target, file)
-        if not (made / CUDA_LIBRARY).exists():
-            (folder / CUDA_LIBRARY).unlink(missing_ok=True)
+        place(made, Path(self.get_ext_fullpath(ext.name)).parent)
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable install and of ``--inplace``: setuptools would copy the extension module alone."""
+        place(BUILD / "package", ROOT / "deep_ep_py")
 
 
 class BuildPackage(build_py):

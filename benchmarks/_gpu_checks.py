@@ -72,8 +72,9 @@ def driverless(result: Path, architecture: str) -> dict[str, Any]:
         "print('built' if library.exists() else 'not built')\n"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code]  # looks into its working directory first: not the checkout
     said = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, check=False
+        command, cwd=result.parent, env=environment, capture_output=True, text=True, timeout=50, check=False
     )
     if said.returncode != 0:
         raise RuntimeError(said.stderr)

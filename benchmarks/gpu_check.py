@@ -75,8 +75,9 @@ RANKS_ARE_THREADS = {"threads", "faces", "graph", "timings"}
 
 
 def environment(name: str) -> dict[str, str]:
-    """Of a stage."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """Of a stage. The package is the checkout's where it was built in place, else the installed one."""
+    built = any((ROOT / "deep_ep_py").glob("_C.*.so"))
+    paths = [*([str(ROOT)] if built else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),

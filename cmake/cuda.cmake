@@ -75,16 +75,21 @@ message(STATUS "deep_ep_py: with NVIDIA GPUs (CUDA ${nvcc_version}, sm_${shown})
 
 file(WRITE ${CMAKE_BINARY_DIR}/cuda/nvcc_version "${nvcc_version}\n")
 
+# ccache takes "-Xcompiler <option>" for the end of the options that it knows, and would compile everything anew.
+set(host_flags -fPIC,-Wall,-ffp-contract=off)
+if(DEEP_EP_WERROR)
+  string(APPEND host_flags ,-Werror)
+endif()
 set(nvcc_flags -std=c++17 -O3 -fmad=false -ccbin ${CMAKE_CXX_COMPILER} -I${CMAKE_CURRENT_SOURCE_DIR}/csrc -Xptxas -v
-  -Xcompiler -fPIC,-Wall,-ffp-contract=off)
+  --compiler-options=${host_flags})
 foreach(architecture IN LISTS DEEP_EP_CUDA_ARCHITECTURES)
   list(APPEND nvcc_flags -gencode arch=compute_${architecture},code=sm_${architecture})
 endforeach()
 list(GET DEEP_EP_CUDA_ARCHITECTURES -1 last)
 list(APPEND nvcc_flags -gencode arch=compute_${last},code=compute_${last})
-list(APPEND nvcc_flags -diag-suppress 128) # "loop is not reachable": in one instantiation of a template
+list(APPEND nvcc_flags -diag-suppress=128) # "loop is not reachable": in one instantiation of a template
 if(DEEP_EP_WERROR)
-  list(APPEND nvcc_flags -Werror all-warnings -Xcompiler -Werror)
+  list(APPEND nvcc_flags -Werror=all-warnings)
 endif()
 
 file(GLOB kernel_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
@@ -99,7 +104,7 @@ foreach(source IN LISTS kernel_sources)
     OUTPUT ${object}
     BYPRODUCTS ${CMAKE_BINARY_DIR}/cuda/${name}.ptxas
     COMMAND ${CMAKE_COMMAND} -DLOG=${CMAKE_BINARY_DIR}/cuda/${name}.ptxas -P ${compile_script} --
-            ${DEEP_EP_NVCC} ${nvcc_flags} -c ${source} -o ${object}
+            ${DEEP_EP_LAUNCHER} ${DEEP_EP_NVCC} ${nvcc_flags} -c ${source} -o ${object}
     # Every header: a few files too many when one changes, and no list that can be out of date.
     DEPENDS ${source} ${kernel_headers} ${compile_script}
     COMMENT "Compiling kernels of ${name}.cu"

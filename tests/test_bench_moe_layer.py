@@ -1,4 +1,4 @@
-"""The benchmarks of the layer and of the ops run, and end where a result is wrong. No times are asserted."""
+"""The benchmark of the layer runs, and ends where a result is wrong. No times are asserted."""
 
 import json
 import os
@@ -11,12 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = ROOT / "benchmarks" / "bench_moe_layer.py"
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-# A script's interpreter looks beside the script, which is not where the package lies in a checkout.
-ENV = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    "OMP_NUM_THREADS": "1",
-}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -24,28 +19,15 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 def run(*command):
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        capture_output=True, text=True, timeout=110, check=False, cwd=ROOT, env=ENV,
+        capture_output=True, text=True, timeout=110, check=False, env=ENV,
     )  # fmt: skip
 
 
-def is_spread(found):
-    return 0 < found["min"] <= found["median"] <= found["max"]
-
-
-def test_layer_record_has_both_ratios(tmp_path):
+def test_layer_benchmark_compares_results(tmp_path):
     done = run(*LAUNCHER, BENCHMARK, "--quick", "--rounds", "2", "--json", tmp_path / "record.json")
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "record.json").read_text())
     peers = {"all_to_all", "tuned_all_to_all"}
-    for key, names in {
-        "step_ms": peers | {"ours"},
-        "communication_ms": peers | {"ours", "ours_in_place"},
-        "step_ratio": peers,
-        "communication_ratio": peers,
-        "communication_share": peers | {"ours"},
-    }.items():
-        assert record[key].keys() == names, key
-        assert all(is_spread(found) for found in record[key].values()), record[key]
     compared = {
         "output",
         "gradient of x",
@@ -93,19 +75,3 @@ def test_layer_benchmark_ends_where_a_result_is_wrong(plant, tmp_path):
     assert "wrong results, nothing was timed: " in done.stderr, done.stdout + done.stderr
     assert "all_to_all, torch.float32: " in done.stderr
     assert not (tmp_path / "record.json").exists() and "round 1" not in done.stderr
-
-
-def test_op_path_record(tmp_path):
-    done = run(ROOT / "benchmarks" / "bench_op_path.py", "--quick", "--json", tmp_path / "record.json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    layouts = json.loads((tmp_path / "record.json").read_text())["layouts"]
-    assert layouts.keys() == {"compact", "expanded"}
-    for found in layouts.values():
-        dispatch = found["groups"]["buffer.dispatch, cached"]
-        assert dispatch.keys() == {
-            "plain",
-            *(f"{way}, {mode}" for way in ("dispatch", "dispatcher") for mode in ("no grad", "grad")),
-        }
-        assert all(
-            row["wall_us"] > 0 and row["thread_us"] > 0 for row in (*dispatch.values(), *found["parts"].values())
-        )

@@ -10,18 +10,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = ROOT / "benchmarks" / "bench_nodes.py"
-# A script's interpreter looks beside the script, which is not where the package lies in a checkout.
-PATH = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(PATH), "OMP_NUM_THREADS": "1"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 NETWORK_MISSING = "import sys; sys.path.insert(0, sys.argv[1]); from network import unavailable; print(unavailable())"
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.network]
 
 
 def run(*command):
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        capture_output=True, text=True, timeout=110, check=False, cwd=ROOT, env=ENV,
+        capture_output=True, text=True, timeout=110, check=False, env=ENV,
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ import pkgutil
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 from packaging.version import Version
@@ -20,7 +19,6 @@ from packaging.version import Version
 import deep_ep_py
 from deep_ep_py import EPArgumentError, EPError, compat
 
-ROOT = Path(__file__).resolve().parents[1]
 ALIAS = "deep_ep_for_this_test"  # tests in this process leave the real name alone
 
 
@@ -194,8 +192,9 @@ if __name__ == "__main__":
 """
 
 
-def python(*arguments, cwd, path=(ROOT,)):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+def python(*arguments, cwd, path=()):
+    path = [*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=cwd, env=env)
 

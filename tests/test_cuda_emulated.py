@@ -5,22 +5,20 @@ what it cannot."""
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from native_build import MISSING, ROOT, NativeBuild, run, succeed
 
-ROOT = Path(__file__).resolve().parents[1]
-MISSING = [tool for tool in ("cmake", "ninja", "g++") if shutil.which(tool) is None]
+# Fibers have stacks of their own, and Python leaks at its exit.
+ASAN_OPTIONS = "detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}"),
 ]
 #: Scheduler's policy, seed, probability that a launch is late; each runs a third of the cases and modes.
-SCHEDULES = [(4, 0, 0.0), (1, 1, 0.1), (2, 2, 0.0)]
+SCHEDULES = ("4:0:0", "1:1:0.1", "2:2:0")
 #: File, what stands there, what is put in its place, the cases that are run, a word of the failure.
 PLANTS = {
     "missing block barrier": (
@@ -41,73 +39,45 @@ PLANTS = {
 }
 
 
-def run(command, seconds, **environment):
-    """The process when it has ended; whatever a sanitizer says makes it fail."""
-    options = {
-        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0",
-        **environment,
-    }
-    return subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, timeout=seconds, check=False,
-        env={**os.environ, **options},
-    )  # fmt: skip
-
-
-def succeed(*args, **kwargs):
-    ended = run(*args, **kwargs)
-    assert ended.returncode == 0, f"{args}: {ended.returncode}\n{ended.stdout[-3000:]}\n{ended.stderr[-6000:]}"
-    return ended.stdout
-
-
-class Build:
-    """A copy of the sources, so that faults can be planted, and what is built of it."""
-
+class Emulated(NativeBuild):
     def __init__(self, folder):
-        self.source, self.folder = folder / "source", folder / "build"
-        shutil.copytree(ROOT / "csrc", self.source / "csrc")
-        shutil.copytree(ROOT / "cmake", self.source / "cmake")
-        shutil.copytree(ROOT / "tests" / "simt", self.source / "tests" / "simt")
-        shutil.copy(ROOT / "CMakeLists.txt", self.source)
-        options = ("-DDEEP_EP_SIMT=ON", "-DDEEP_EP_PYTHON=OFF", "-DDEEP_EP_CUDA=OFF", "-DDEEP_EP_SANITIZE=address")
-        succeed(["cmake", "-S", self.source, "-B", self.folder, "-G", "Ninja", *options], 120)
+        super().__init__(folder, "-DDEEP_EP_SIMT=ON", "-DDEEP_EP_SANITIZE=address")
         self.make("deep_ep_simt", "deep_ep_simt_tests")
-
-    def make(self, *targets):
-        succeed(["cmake", "--build", self.folder, "--target", *targets], 500)
 
     def python(self, module, *options, **environment):
         # The sanitizer looks for what throws when it is loaded, so that must be there too.
         first = [succeed(["g++", f"-print-file-name={name}"], 20).strip() for name in ("libasan.so", "libstdc++.so.6")]
+        path = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
         return run(
             [sys.executable, "-m", f"simt.{module}", *options],
             500,
+            ASAN_OPTIONS=ASAN_OPTIONS,
             DEEP_EP_SIMT_LIBRARY=str(self.folder / "libdeep_ep_simt.so"),
             LD_PRELOAD=" ".join(first),
-            PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            PYTHONPATH=os.pathsep.join(path),
             **environment,
         )
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    return Build(tmp_path_factory.mktemp("emulated"))
+    return Emulated(tmp_path_factory.mktemp("emulated"))
 
 
 def test_kernels(build):
-    succeed(["ctest", "--test-dir", build.folder, "--output-on-failure", "-R", "^simt_", "-j", "2"], 400)
+    command = ["ctest", "--test-dir", build.folder, "--output-on-failure", "-R", "^simt_", "-j", "2"]
+    succeed(command, 400, ASAN_OPTIONS=ASAN_OPTIONS)
 
 
-@pytest.mark.parametrize(("policy", "seed", "delays"), SCHEDULES)
-def test_conformance(build, policy, seed, delays):
-    ended = build.python(
-        "conformance", "--policy", policy, "--seed", seed, "--delays", delays, "--every", len(SCHEDULES)
-    )  # fmt: skip
+def test_conformance(build):
+    schedules = [f"--schedule={schedule}" for schedule in SCHEDULES]
+    ended = build.python("conformance", *schedules, "--every", len(SCHEDULES))
     assert ended.returncode == 0 and "passed: " in ended.stdout, f"{ended.stdout[-1500:]}\n{ended.stderr[-6000:]}"
 
 
 @pytest.mark.processes
 def test_conformance_of_processes(build):
-    ended = build.python("conformance", "--processes", "--every", 24, "--seed", 5)
+    ended = build.python("conformance", "--processes", "--every", 24, "--schedule=4:5:0")
     assert ended.returncode == 0 and "passed: " in ended.stdout, f"{ended.stdout[-1500:]}\n{ended.stderr[-6000:]}"
 
 
@@ -127,7 +97,7 @@ def test_planted_faults_are_caught(build, plant):
     file.write_text(sound.replace(before, after))
     try:
         build.make("deep_ep_simt")
-        ended = build.python("conformance", "--match", match, "--policy", 1, DEEP_EP_PY_TIMEOUT_SECONDS="4")
+        ended = build.python("conformance", "--match", match, "--schedule=1:1:0", DEEP_EP_PY_TIMEOUT_SECONDS="4")
     finally:
         file.write_text(sound)
     assert ended.returncode != 0, f"not caught\n{ended.stdout[-1500:]}"

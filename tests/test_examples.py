@@ -1,6 +1,5 @@
 """The examples run, and fail where their result is wrong."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "moe_text.py"
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "moe_text.py"
 SMALL = ("--tokens", "96", "--hidden", "32", "--experts", "7", "--topk", "3", "--repeats", "1")
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
@@ -18,9 +16,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 def run_example(num_ranks, *arguments, script=EXAMPLE):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)) if num_ranks else ()
     command = [sys.executable, *launcher, str(script), *SMALL, *arguments]
-    # A script's interpreter looks beside the script, which is not where the package lies in a checkout.
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
 
 
 def loads(output):
@@ -29,7 +25,7 @@ def loads(output):
     return [int(number) for numbers in listed for number in numbers.split(",")]
 
 
-@pytest.mark.parametrize("num_ranks", [0, 2, 3], ids=["plain", "2", "3"])
+@pytest.mark.parametrize("num_ranks", [0, 3], ids=["plain", "3"])
 def test_moe_text_equals_the_dense_layer(num_ranks):
     done = run_example(num_ranks)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -44,7 +40,7 @@ def test_moe_text_reads_the_text_it_is_given(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.bin").write_bytes(b"\0" * 500)  # not text, so a folder's reader leaves it out
     done = run_example(2, "--path", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.count("  equal: ") == 2, done.stdout + done.stderr
     assert "96 tokens" in done.stdout and f": {len(text) - 96} tokens" in done.stdout  # the second rank has fewer
     assert "W h o e v e r" in done.stdout
 

@@ -15,8 +15,10 @@ from types import ModuleType
 
 import pytest
 
+import deep_ep_py
+
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "deep_ep_py"
+PACKAGE = Path(deep_ep_py.__file__).parent  # as installed: CI's tree has none of its own
 NATIVE = ROOT / "csrc"
 NATIVE_SUFFIXES = {".h", ".hpp", ".cpp", ".cu", ".cuh"}
 MAX_LINES = 400
@@ -114,7 +116,7 @@ def test_imports_go_down_only() -> None:
     wrong = []
     for name, path in known.items():
         for line, target in own_imports(name, path, known):
-            where = f"{path.relative_to(ROOT)}:{line} imports {target}"
+            where = f"{path.relative_to(PACKAGE.parent)}:{line} imports {target}"
             if top(target) not in LEVEL:
                 wrong.append(f"{where}, which stands in no layer")
             elif LEVEL[top(target)] > LEVEL.get(top(name), len(LAYERS)):
@@ -138,7 +140,7 @@ def test_no_import_cycle() -> None:
 
 def test_no_file_is_long() -> None:
     files = [*native_files(), *PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    lengths = {str(path): len(path.read_text().splitlines()) for path in files}
     assert len(native_files()) > 5 and len(lengths) > 10, "the search went to the wrong place"
     long = {path: length for path, length in lengths.items() if length > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines, so they hold two things: {long}"
@@ -183,7 +185,7 @@ def loud_nodes(name: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def test_library_is_silent() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)}:{line} {what}"
+        f"{path.relative_to(PACKAGE.parent)}:{line} {what}"
         for name, path in modules().items()
         for line, what in loud_nodes(name, ast.parse(path.read_text(), str(path)))
     ]
@@ -354,12 +356,21 @@ def test_stub_agrees_with_the_extension_module() -> None:
 
 
 def test_version_is_the_metadata_s() -> None:
-    import deep_ep_py
-
     declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared is not None
     assert deep_ep_py.__version__ == declared.group(1) == importlib.metadata.version("deep_ep_py")
     assert f"## [{declared.group(1)}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_slow_files_that_start_first_are_there() -> None:
+    names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    listed = ast.parse((ROOT / "tests" / "conftest.py").read_text())
+    slow = next(
+        ast.literal_eval(node.value)
+        for node in listed.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SLOW_FIRST"
+    )
+    assert slow and set(slow) <= names
 
 
 def test_linters_are_pinned_alike() -> None:
@@ -377,3 +388,10 @@ def test_readme_has_the_command_that_ci_runs() -> None:
         re.DOTALL,
     )
     assert len(found) == 1 and "pytest" in found[0]
+
+
+def test_interpreters_that_tests_start_import_the_same_package() -> None:
+    """And not ``deep_ep_py/`` of the working directory. Where it differs, PYTHONPATH has a relative entry."""
+    command = [sys.executable, "-c", "import deep_ep_py, sys; sys.stdout.write(deep_ep_py.__file__)"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (run.stdout, run.stderr) == (deep_ep_py.__file__, "")

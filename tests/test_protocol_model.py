@@ -1,8 +1,11 @@
-"""The protocol's Promela model, checked exhaustively: the right one holds, every planted fault is found."""
+"""The protocol's Promela model, checked exhaustively: the right one holds, every planted fault is found. A search is a
+function of its inputs, so it is run where pytest's cache has no result for them."""
 
+import hashlib
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,7 @@ COMPILER = shutil.which("cc") or shutil.which("gcc")
 MAX_DEPTH = 2000
 MEMORY_MIB = 4000
 TIMEOUT_S = 600
+INCOMPLETE = ("max search depth too small", "Search not completed", "out of memory", "aborted", "truncated")
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("spin") is None, reason="spin is not installed (Debian: apt install spin)"),
@@ -54,8 +58,8 @@ PLANTS = {
 }
 
 
-def run_model(directory: Path, macros: tuple[str, ...], optimise: str) -> Result:
-    """Generate, compile and run the verifier for one set of macros."""
+def verify(directory: Path, macros: tuple[str, ...], optimise: str) -> str:
+    """Generate, compile and run the verifier for one set of macros; returns what it said."""
     assert COMPILER is not None, "spin needs a C compiler: neither cc nor gcc was found"
     for source in MODEL.glob("*.pml"):
         shutil.copy(source, directory)
@@ -69,7 +73,35 @@ def run_model(directory: Path, macros: tuple[str, ...], optimise: str) -> Result
             command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S
         )
         assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}"
-    text = done.stdout
+    return done.stdout
+
+
+def fingerprint(*settings: object) -> str:
+    """Of all that a search depends on: the model, this file, spin."""
+    spin = subprocess.run(["spin", "-V"], capture_output=True, text=True, check=True).stdout
+    files = [*sorted(MODEL.glob("*.pml")), Path(__file__)]
+    return hashlib.sha256(repr((spin, settings, [file.read_bytes() for file in files])).encode()).hexdigest()
+
+
+@pytest.fixture
+def run_model(pytestconfig: pytest.Config, tmp_path: Path) -> Callable[..., Result]:
+    """The search's result: of this run, or of an earlier one with the same inputs, whose words pytest's cache kept."""
+
+    def run(macros: tuple[str, ...], optimise: str) -> Result:
+        assert pytestconfig.cache is not None
+        place = f"protocol_model/{fingerprint(macros, optimise)}"
+        text: str | None = pytestconfig.cache.get(place, None)
+        if text is None:
+            text = verify(tmp_path, macros, optimise)
+            # A search that ended without an answer, for want of memory, is repeated.
+            if result_of(text).errors > 0 or not any(sign in text for sign in INCOMPLETE):
+                pytestconfig.cache.set(place, text)
+        return result_of(text)
+
+    return run
+
+
+def result_of(text: str) -> Result:
     errors = re.search(r"errors: (\d+)", text)
     states = re.search(r"(\d+) states, stored", text)
     assert errors and states, text
@@ -80,17 +112,17 @@ def run_model(directory: Path, macros: tuple[str, ...], optimise: str) -> Result
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+def checked() -> dict[str, Result]:
     """Results of the configurations run so far, so that the test of reach need not run them again."""
     return {}
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_protocol_holds(name: str, tmp_path: Path, checked: dict[str, Result]) -> None:
+def test_protocol_holds(name: str, run_model: Callable[..., Result], checked: dict[str, Result]) -> None:
     # More optimisation costs the compiler more than it saves the search, and a plant is found after few states.
-    result = checked[name] = run_model(tmp_path, CONFIGURATIONS[name], "-O1")
+    result = checked[name] = run_model(CONFIGURATIONS[name], "-O1")
     assert result.errors == 0, result.text
-    for sign in ("max search depth too small", "Search not completed", "out of memory", "aborted", "truncated"):
+    for sign in INCOMPLETE:
         assert sign not in result.text, result.text
     assert "Full statespace search" in result.text
     assert re.search(r"assertion violations\s+\+", result.text)
@@ -107,8 +139,8 @@ def test_every_statement_is_reached(checked: dict[str, Result]) -> None:
 
 
 @pytest.mark.parametrize("name", PLANTS)
-def test_planted_fault_is_found(name: str, tmp_path: Path) -> None:
+def test_planted_fault_is_found(name: str, run_model: Callable[..., Result]) -> None:
     macros, verdict = PLANTS[name]
-    result = run_model(tmp_path, macros, "-O0")
+    result = run_model(macros, "-O0")
     assert result.errors > 0, f"{name} was not found:\n{result.text}"
     assert re.search(rf"^pan:1: {verdict}", result.text, re.MULTILINE), result.text

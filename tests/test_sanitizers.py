@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
+from native_build import MISSING, NativeBuild, succeed
 
-ROOT = Path(__file__).resolve().parents[1]
-MISSING = [tool for tool in ("cmake", "ninja", "g++") if shutil.which(tool) is None]
-
-# Name, what CMake is told, operations per world (of five worlds).
+# Name, what CMake is told, operations per world (of five worlds), targets.
 BUILDS = [
     (
         "address+undefined",
         ["-DDEEP_EP_SANITIZE=address", "-DCMAKE_CXX_FLAGS=-fsanitize=undefined -fno-sanitize-recover=undefined"],
         150,
+        ["test_stress", "test_kernels"],
     ),
-    ("thread", ["-DDEEP_EP_SANITIZE=thread"], 60),
+    # The kernels share nothing between threads.
+    ("thread", ["-DDEEP_EP_SANITIZE=thread"], 60, ["test_stress"]),
 ]
-
-
-def run(command: list[str], seconds: float) -> None:
-    environment = {
-        **os.environ,
-        "TSAN_OPTIONS": "halt_on_error=1",
-        "ASAN_OPTIONS": "detect_leaks=1:halt_on_error=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
-    assert ended.returncode == 0, f"{command}: {ended.returncode}\n{ended.stdout[-2000:]}\n{ended.stderr[-6000:]}"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-@pytest.mark.parametrize(("options", "operations"), [b[1:] for b in BUILDS], ids=[b[0] for b in BUILDS])
-def test_stress(options, operations, tmp_path):
-    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DDEEP_EP_PYTHON=OFF", *options]
-    run([*configure, "-DDEEP_EP_TESTS=ON"], 120)
-    kernels = "thread" not in str(options)  # they share nothing between threads
-    targets = ["test_stress", *(["test_kernels"] if kernels else [])]
-    run(["cmake", "--build", str(tmp_path), "--target", *targets], 400)
-    run([str(tmp_path / "test_stress"), str(operations)], 120)
-    if kernels:
-        run([str(tmp_path / "test_kernels")], 200)
+@pytest.mark.parametrize(("options", "operations", "targets"), [b[1:] for b in BUILDS], ids=[b[0] for b in BUILDS])
+def test_stress(options, operations, targets, tmp_path):
+    build = NativeBuild(tmp_path, "-DDEEP_EP_TESTS=ON", *options)
+    build.make(*targets)
+    succeed([build.folder / "test_stress", operations], 120)
+    if "test_kernels" in targets:
+        succeed([build.folder / "test_kernels"], 200)

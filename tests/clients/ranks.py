@@ -25,7 +25,6 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 WORLD_SECONDS = 60.0
 LEAVING = 10  # worlds of each client that only use their buffer and leave: an abort at exit may be rare
 GRACE_SECONDS = 5.0  # for the others, once a rank has failed
@@ -35,7 +34,6 @@ def play_worlds(module: str, folder: Path, worlds: list[str], timeout_seconds: f
     """What the ranks of each world returned. Every rank must report, leave with 0, and have nothing on stderr."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "TORCHDYNAMO_DISABLE": "1",  # clients compile small helpers, which would need a compiler and take minutes
@@ -74,11 +72,11 @@ def check_and_leave(module: str, folder: Path, ways: tuple[str, ...]) -> tuple[d
     return dict(zip(sizes, played, strict=False)), played[len(sizes) :]
 
 
-def need(*packages: str) -> Any:
-    """A mark: skip the module's tests where a client is not installed."""
+def need(*packages: str) -> list[Any]:
+    """Marks: skip the module's tests where a client is not installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     reason = f"client packages are not installed: {', '.join(missing)} (see `clients` in pyproject.toml)"
-    return pytest.mark.skipif(bool(missing), reason=reason)
+    return [pytest.mark.clients, pytest.mark.skipif(bool(missing), reason=reason)]
 
 
 def _rank(function: Any, rank: int, num_ranks: int, place: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from ranks import LEAVING, check_and_leave, need
 
 # The frameworks alone take half a minute to import where cores are busy.
-pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300), need("megatron", "triton", "einops")]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300), *need("megatron", "triton", "einops")]
 
 FUSED = ["-".join(names) for names in product(("full", "dropped", "empty"), ("float32", "bfloat16"), ("sync", "async"))]
 # Both layers compute in float32, on the same rows in the same order; only the sum over a token's three experts, and

@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.processes,
     pytest.mark.slow,
     pytest.mark.timeout(300),  # the framework alone takes half a minute to import where cores are busy
-    need("torchtitan", "spmd_types", "tyro"),
+    *need("torchtitan", "spmd_types", "tyro"),
 ]
 
 CHECKS = ["-".join(n) for n in product(("functions", "class"), ("full", "dropped", "empty"), ("float32", "bfloat16"))]

@@ -25,7 +25,6 @@ from network import INTERFACE, Network
 from deep_ep_py.testing.worlds import process_context
 
 SCENES = Path(__file__).with_name("scenes.py")
-ROOT = SCENES.parents[2]
 PORT = 29500  # of torch's store, on host 0; each network has ports of its own
 CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
 
@@ -204,8 +203,7 @@ def _environment(network: Network, host: int) -> dict[str, str]:
     """The test's own, without what would lead a rank to another world."""
     foreign = ("TORCHELASTIC_", "OMPI_", "PMI", "PRTE_", "MASTER_", "RANK", "LOCAL_", "WORLD_", "GROUP_", "DEEP_EP_PY_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-    path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    own = {"DEEP_EP_PY_DOMAIN": network.name(host), "GLOO_SOCKET_IFNAME": INTERFACE, "PYTHONPATH": path}
+    own = {"DEEP_EP_PY_DOMAIN": network.name(host), "GLOO_SOCKET_IFNAME": INTERFACE}
     store = {"MASTER_ADDR": network.address(0), "MASTER_PORT": str(PORT)}
     return environment | own | store | {"OMP_NUM_THREADS": "1"}
 

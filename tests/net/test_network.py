@@ -13,6 +13,7 @@ import pytest
 from network import Network, remove_leftovers, unavailable
 
 pytestmark = [
+    pytest.mark.network,
     pytest.mark.skipif(unavailable() != "", reason=unavailable()),
     pytest.mark.timeout(60),
 ]

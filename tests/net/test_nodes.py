@@ -14,6 +14,7 @@ from deep_ep_py.testing import conformance_v1
 BACKENDS = ("collective", "hybrid")  # that cross hosts; a backend joins here
 
 pytestmark = [
+    pytest.mark.network,
     pytest.mark.skipif(unavailable() != "", reason=unavailable()),
     pytest.mark.processes,
     pytest.mark.timeout(120),

@@ -1,7 +1,7 @@
-"""The conformance cases through the emulated library, one schedule a run. A program, so that the library can be built
-with AddressSanitizer, which wants to be there before the interpreter: see tests/test_cuda_emulated.py.
+"""The conformance cases through the emulated library. A program, so that the library can be built with
+AddressSanitizer, which wants to be there before the interpreter: see tests/test_cuda_emulated.py.
 
-    PYTHONPATH=.:tests DEEP_EP_SIMT_LIBRARY=<build>/libdeep_ep_simt.so python -m simt.conformance --seed 3 --policy 1
+    PYTHONPATH=.:tests DEEP_EP_SIMT_LIBRARY=<build>/libdeep_ep_simt.so python -m simt.conformance --schedule 1:3:0.1
 """
 
 from __future__ import annotations
@@ -50,28 +50,43 @@ ONE_AT_A_TIME = threading.Lock()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--policy", type=int, default=4, help="of the scheduler: tests/simt/schedule.hpp")
-    parser.add_argument("--delays", type=float, default=0.0, help="probability that a launch is late")
+    parser.add_argument(
+        "--schedule",
+        dest="schedules",
+        action="append",
+        metavar="POLICY:SEED:DELAYS",
+        help="of the scheduler (tests/simt/schedule.hpp), its seed, and the probability that a launch is late (4:1:0)."
+        " May be given several times",
+    )
     parser.add_argument("--every", type=int, default=1, help="run each so manieth case and mode, beginning with seed")
     parser.add_argument("--match", default="", help="run only what has this in its id")
     parser.add_argument("--processes", action="store_true", help="ranks are processes")
     args = parser.parse_args()
     emulated.install()
-    emulated.functions().deep_ep_simt_configure(args.seed, args.policy)
-    emulated.functions().deep_ep_simt_delays(args.delays)
     torch.set_num_threads(1)
-    runs = [(case, mode) for case in CASES for mode in (None, *MODES) if mode is None or v2.fits(case, mode)]
-    runs = [run for run in runs[args.seed % args.every :: args.every] if args.match in name(*run)]
-    for case, mode in runs:
-        print(name(case, mode), flush=True)
-        world = run_processes if args.processes else run_threads
-        world(case.num_ranks, check, case, mode)
+    world = run_processes if args.processes else run_threads
+    passed = 0
+    for schedule in args.schedules or ["4:1:0"]:
+        policy, seed, delays = schedule.split(":")
+        emulated.functions().deep_ep_simt_configure(int(seed), int(policy))
+        emulated.functions().deep_ep_simt_delays(float(delays))
+        for case, mode in runs_of(int(seed), args.every, args.match):
+            print(schedule, name(case, mode), flush=True)
+            world(case.num_ranks, check, case, mode)
+            passed += 1
+        if not args.match:
+            print(schedule, "a layer and its gradients", flush=True)
+            run_threads(2, check_layer)
     if not args.match:
-        print("a layer and its gradients; fp8", flush=True)
-        run_threads(2, check_layer)
+        print("fp8", flush=True)
         check_cast()
-    print(f"passed: {len(runs)}")
+    print(f"passed: {passed}")
+
+
+def runs_of(seed, every, match):
+    """(case, mode) of each run."""
+    runs = [(case, mode) for case in CASES for mode in (None, *MODES) if mode is None or v2.fits(case, mode)]
+    return [run for run in runs[seed % every :: every] if match in name(*run)]
 
 
 def name(case, mode):
