@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..autograd import combine, dispatch, plan, plan_and_dispatch
 from ..communicator import thread_world
 from ..elastic import ElasticBuffer
+from ..errors import EPArgumentError
+from .data_parallel import check_ddp
 from .experts import GroupedExperts, SharedExpert
 from .router import Router, RouterConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class MoEOutput(NamedTuple):
@@ -52,11 +58,17 @@ class MoELayer(nn.Module):
         overlap_shared: compute the shared expert while rows travel, and its backward pass while gradients do.
         separate_plan: plan, then dispatch, instead of both in one rendezvous: for selective activation checkpointing
             that saves what ``torch.ops.deep_ep_py.plan.default`` returns, so that recomputation exchanges no counts.
+        ep_mesh: a DeviceMesh of one dimension over the buffer's ranks. The experts' parameters become DTensors of it.
+            To shard them further by FSDP, it must be a dimension of the mesh that has FSDP's dimension too. None: the
+            mesh that the buffer was made of, or one of its process group. Without any (threads, MPI), parameters are
+            plain tensors of this rank's experts.
         device, dtype: of the parameters; the router is float32 in any case. Parameters and tokens must be on the
             buffer's device when the layer is called.
 
     Raises:
-        EPArgumentError: as RouterConfig and Router.
+        EPArgumentError: as RouterConfig and Router; ``ep_mesh`` does not have the ranks of the buffer.
+        EPError: in a forward pass, by a DistributedDataParallel that does not leave out the experts; see
+            :func:`.prepare_ddp`.
 
     Example::
 
@@ -80,6 +92,7 @@ class MoELayer(nn.Module):
         expert_alignment: int | None = None,
         overlap_shared: bool = True,
         separate_plan: bool = False,
+        ep_mesh: DeviceMesh | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -89,12 +102,17 @@ class MoELayer(nn.Module):
             expert_alignment = 1 if self.buffer.device.type == "cpu" else 8
         self.expert_alignment, self.overlap_shared, self.separate_plan = expert_alignment, overlap_shared, separate_plan
         rank, num_ranks = self.buffer.rank_idx, self.buffer.num_ranks
+        mesh = _mesh_of(self.buffer, ep_mesh)
         self.router = Router(hidden, num_experts, num_topk, router, device=device)
-        self.experts = GroupedExperts(hidden, width, num_experts, rank, num_ranks, device=device, dtype=dtype)
+        self.experts = GroupedExperts(
+            hidden, width, num_experts, rank, num_ranks, mesh=mesh, device=device, dtype=dtype
+        )
         self.shared = SharedExpert(hidden, shared_width, device=device, dtype=dtype) if shared_width else None
 
     def forward(self, x: torch.Tensor) -> MoEOutput:
         """The layer over this rank's tokens x [*, S, H] (S: length of a sequence, where a loss is taken over them)."""
+        if not torch.compiler.is_compiling():
+            check_ddp()
         self.buffer._check("x", x)
         topk_idx, topk_weights, aux_loss, load = self.router(x)
         tokens = x.reshape(-1, x.shape[-1])
@@ -105,7 +123,9 @@ class MoELayer(nn.Module):
         overlap: Any = self.shared is not None and self.overlap_shared
         # Expanded: one row per token and slot, sorted by expert, so that nothing is left to permute.
         if self.separate_plan:
-            handle = plan(topk_idx, self.buffer, num_experts, expand=True, expert_alignment=alignment)
+            handle = plan(
+                topk_idx, self.buffer, num_experts, expand=True, expert_alignment=alignment, placement="chunked"
+            )
             arriving = dispatch(tokens, topk_weights, handle, async_finish=overlap)
         else:
             arriving = plan_and_dispatch(
@@ -116,6 +136,7 @@ class MoELayer(nn.Module):
                 num_experts,
                 expand=True,
                 expert_alignment=alignment,
+                placement="chunked",
                 async_finish=overlap,
             )
         shared = self.shared(tokens) if self.shared is not None else None
@@ -126,3 +147,18 @@ class MoELayer(nn.Module):
         # As a bias: the shared expert's output starts the sum, which is rounded once.
         output = combine(y, handle, bias=shared)
         return MoEOutput(output.reshape(x.shape), aux_loss, load)
+
+
+def _mesh_of(buffer: ElasticBuffer, given: DeviceMesh | None) -> DeviceMesh | None:
+    """The mesh of the experts' parameters; see MoELayer."""
+    mesh: DeviceMesh | None = getattr(buffer, "mesh", None) if given is None else given
+    if mesh is not None:
+        ranks = (mesh.size(), mesh.get_local_rank()) if mesh.ndim == 1 else None
+        if ranks != (buffer.num_ranks, buffer.rank_idx):
+            expected = f"a DeviceMesh of one dimension whose {buffer.num_ranks} ranks are those of the buffer, in order"
+            raise EPArgumentError.of("ep_mesh", expected, mesh)
+    elif dist.is_available() and isinstance(buffer.group, dist.ProcessGroup):
+        from torch.distributed.device_mesh import DeviceMesh
+
+        mesh = DeviceMesh.from_group(buffer.group, buffer.device.type)
+    return mesh
