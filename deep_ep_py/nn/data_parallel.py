@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,24 +43,22 @@ def prepare_ddp(model: nn.Module, replicas: Any = None) -> nn.Module:
         ``model``.
     """
     group = replicas.get_group() if hasattr(replicas, "get_group") else replicas
-    num_replicas = 1 if group is None else dist.get_world_size(group)
     ignored = list(getattr(model, _IGNORED, ()))
     for prefix, experts in _experts(model):
-        divisor = num_replicas * experts.num_ranks
-
-        def reduce(gradient: torch.Tensor, divisor: int = divisor) -> torch.Tensor:
-            gradient = gradient / divisor
-            if group is not None and (part := local(gradient)).numel():
-                dist.all_reduce(part, group=group)
-            return gradient
-
+        experts.gradient_divisor = experts.num_ranks
         for name, parameter in experts.named_parameters():
             ignored += {_full_name(prefix, name), f"{prefix}.{name}"}  # the reducer names a root's parameter ".name"
-            parameter.register_hook(reduce)
-            if group is not None and (part := local(parameter.detach())).numel():
-                dist.broadcast(part, dist.get_global_rank(group, 0), group=group)
+            if group is not None and local(parameter).numel():
+                parameter.register_hook(partial(_mean, group=group))
+                dist.broadcast(local(parameter.detach()), dist.get_global_rank(group, 0), group=group)
     setattr(model, _IGNORED, ignored)
     return model
+
+
+def _mean(gradient: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    gradient = gradient / dist.get_world_size(group)
+    dist.all_reduce(local(gradient), group=group)
+    return gradient
 
 
 def check_ddp() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class GroupedExperts(nn.Module):
 
     Attributes:
         owned: the experts of this rank. num_ranks: R.
+        gradient_divisor: gradients of the parameters are divided by it; 1. They are sums over the tokens of all R
+            ranks. Where a wrapper takes means over ranks of all gradients, R makes those of the experts means as well.
         gate_up: [E, 2 I, H], gate above up. down: [E, H, I]. Without a mesh [E_local, ...].
     """
 
@@ -57,6 +59,8 @@ class GroupedExperts(nn.Module):
         first = sum(num_local[:rank])
         self.owned = range(first, first + num_local[rank])
         self.num_experts, self.num_ranks = num_experts, num_ranks
+        self.gradient_divisor = 1
+        self._sizes = f"hidden={hidden}, width={width}, num_experts={num_experts}, num_ranks={num_ranks}"
 
         def parameter(rows: int, columns: int) -> nn.Parameter:
             part = torch.empty(len(self.owned), rows, columns, device=device, dtype=dtype)
@@ -65,8 +69,13 @@ class GroupedExperts(nn.Module):
         self.gate_up, self.down = parameter(2 * width, hidden), parameter(hidden, width)
         self.reset_parameters()
 
+    def extra_repr(self) -> str:
+        return self._sizes
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        if self.gate_up.is_meta:
+            return
         for weight in (self.gate_up, self.down):
             part, (held, *inside) = local(weight), position(weight)
             mine = self.owned if part is weight else range(held.start, held.stop)
@@ -88,10 +97,26 @@ class GroupedExperts(nn.Module):
         Returns:
             [N, H] of x's dtype.
         """
-        gate_up, down = (local(w).to(x.dtype).transpose(1, 2) for w in (self.gate_up, self.down))
-        gate, up = grouped_mm(x, gate_up, offs).chunk(2, -1)
+        # A compiler guards on a string that is read. Otherwise torch 2.13 runs one program for layers with different
+        # numbers of experts, and that program has the number of one of them in its gradients.
+        assert self._sizes
+        gate_up, down = local(self.gate_up), local(self.down)
+        if self.gradient_divisor != 1:
+            gate_up, down = (_DivideGradient.apply(w, self.gradient_divisor) for w in (gate_up, down))
+        gate, up = grouped_mm(x, gate_up.to(x.dtype).transpose(1, 2), offs).chunk(2, -1)
         inner = (F.silu(gate) * up * row_weights[:, None]).to(x.dtype)
-        return grouped_mm(inner, down, offs)
+        return grouped_mm(inner, down.to(x.dtype).transpose(1, 2), offs)
+
+
+class _DivideGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, divisor: int) -> torch.Tensor:
+        ctx.divisor = divisor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return gradient / ctx.divisor, None
 
 
 class SharedExpert(nn.Module):

@@ -45,7 +45,8 @@ class MoELayer(nn.Module):
 
     Gradients: those of the experts are sums over the tokens of all ranks; those of the router and the shared expert
     are of this rank's tokens, to be summed over ranks. Where the loss is a mean over all ranks' tokens, and every rank
-    holds the mean over its own, divide both sums by R. A parameter whose expert got no token has a gradient of zeros.
+    holds the mean over its own, divide both sums by R (``layer.experts.gradient_divisor`` is for that). A parameter
+    whose expert got no token has a gradient of zeros.
 
     Args:
         hidden: H. width: inner width of an expert. num_experts: E, over all ranks. num_topk: K.
@@ -146,7 +147,8 @@ class MoELayer(nn.Module):
         y = self.experts(recv_x, handle.expert_offsets, row_weights)
         # As a bias: the shared expert's output starts the sum, which is rounded once.
         output = combine(y, handle, bias=shared)
-        return MoEOutput(output.reshape(x.shape), aux_loss, load)
+        # Not a view in autograd's sense: a change in place of a view would drop the hooks that FSDP puts on outputs.
+        return MoEOutput(torch.ops.aten._unsafe_view(output, x.shape), aux_loss, load)
 
 
 def _mesh_of(buffer: ElasticBuffer, given: DeviceMesh | None) -> DeviceMesh | None:

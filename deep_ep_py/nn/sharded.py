@@ -10,6 +10,8 @@ import torch
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 def sharded(part: torch.Tensor, num_rows: int, mesh: DeviceMesh) -> torch.Tensor:
     """The DTensor of ``num_rows`` rows of which this rank holds ``part``: ``Shard(0)`` over a mesh of one dimension."""
@@ -22,7 +24,9 @@ def sharded(part: torch.Tensor, num_rows: int, mesh: DeviceMesh) -> torch.Tensor
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor, differentiable; any other tensor as it is."""
-    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if type(tensor) in _PLAIN:
+        return tensor
+    part: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return part
 
 
@@ -40,6 +44,8 @@ def draw_normal_(weight: torch.Tensor, std: float) -> None:
 
     So the values follow from the random state alone. (For a DTensor, ``nn.init.normal_`` draws each part by itself.)
     """
+    if weight.is_meta:
+        return
     part = local(weight)
     whole = part if part is weight else torch.empty(weight.shape, dtype=part.dtype, device=part.device)
     torch.nn.init.normal_(whole, std=std)
