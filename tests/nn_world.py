@@ -23,8 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from deep_ep_py import ElasticBuffer, EPError
-from deep_ep_py.nn import GradScaler, MoELayer, SharedExpert, clip_grad_norm_, parameters_by_mesh, prepare_ddp
+from deep_ep_py import ElasticBuffer
+from deep_ep_py.nn import (
+    GradScaler,
+    GroupedExperts,
+    MoELayer,
+    SharedExpert,
+    clip_grad_norm_,
+    parameters_by_mesh,
+    prepare_ddp,
+)
 
 H, WIDTH, TOPK = 16, 8, 2
 EXPERTS = (4, 5)  # of each layer: over 2 ranks even and uneven, over 3 ranks with one that has none
@@ -257,15 +265,28 @@ def scaler_skips_on_all_ranks(buffer, mesh):
 
 
 def unprepared_ddp_is_refused(buffer, mesh):
-    """Once for a wrapped model, once for one whose ignored parameters are named for another root module."""
-    for experts in (Model(buffer, mesh["ep"]), Model(buffer)):
-        with_tensors = DistributedDataParallel(experts)
-        raised = None
-        try:
-            with_tensors(batch(0))
-        except EPError as error:
-            raised = str(error)
-        assert raised is not None and "layers.0.experts.gate_up" in raised and "prepare_ddp(model" in raised, raised
+    def of_plain_tensors():  # as over a buffer of threads or MPI
+        model = Model(buffer, mesh["ep"])
+        for layer in model.layers:
+            layer.experts = GroupedExperts(H, WIDTH, 4, dist.get_rank(), 2, dtype=DTYPE)
+        return DistributedDataParallel(model)
+
+    def prepared_below_the_root():
+        model = Model(buffer, mesh["ep"])
+        prepare_ddp(model.layers)
+        return DistributedDataParallel(model, init_sync=False)  # with it, torch refuses DTensors by itself
+
+    for build in (of_plain_tensors, prepared_below_the_root):
+        model = build()
+        for run in (model, torch.compile(model, backend="eager")):
+            raised = "nothing"
+            try:
+                run(batch(0))
+            except Exception as error:  # a compiler wraps it in one of its own
+                raised = str(error)
+            assert "layers.0.experts.gate_up" in raised and "prepare_ddp(model" in raised, raised
+    everywhere = DistributedDataParallel(Model())  # all experts on every rank
+    everywhere(batch(0)).sum().backward()
 
 
 OTHERS = {f.__name__: f for f in (averages_and_copies, scaler_skips_on_all_ranks, unprepared_ddp_is_refused)}

@@ -61,6 +61,7 @@ def _mean(gradient: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return gradient
 
 
+@torch.compiler.assume_constant_result  # a compiler calls it once, while it traces the first forward pass
 def check_ddp() -> None:
     """Refuse the forward pass of a DistributedDataParallel that does not leave out the experts in its module.
 
@@ -82,7 +83,10 @@ def check_ddp() -> None:
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, GroupedExperts]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, GroupedExperts))
+    """With their names; those that are whole on every rank are ordinary parameters."""
+    for name, module in model.named_modules():
+        if isinstance(module, GroupedExperts) and module.num_ranks > 1:
+            yield name, module
 
 
 def _full_name(prefix: str, name: str) -> str:

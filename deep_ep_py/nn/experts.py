@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class GroupedExperts(nn.Module):
     """This rank's SwiGLU experts (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``, all of them in one call.
 
-    With a mesh, parameters are DTensors of all experts, split over its ranks by ``Shard(0)``; so state dicts,
-    checkpoints and optimizers of torch know what each rank holds. Without, they are plain tensors of this rank's
+    With a mesh of several ranks, parameters are DTensors of all experts, split over its ranks by ``Shard(0)``; so state
+    dicts, checkpoints and optimizers of torch know what each rank holds. Else they are plain tensors of this rank's
     experts.
 
     Weights are drawn for every expert of every rank, and the own ones kept: with the same random state on all ranks, an
@@ -64,7 +64,7 @@ class GroupedExperts(nn.Module):
 
         def parameter(rows: int, columns: int) -> nn.Parameter:
             part = torch.empty(len(self.owned), rows, columns, device=device, dtype=dtype)
-            return nn.Parameter(part if mesh is None else sharded(part, num_experts, mesh))
+            return nn.Parameter(part if mesh is None or num_ranks == 1 else sharded(part, num_experts, mesh))
 
         self.gate_up, self.down = parameter(2 * width, hidden), parameter(hidden, width)
         self.reset_parameters()

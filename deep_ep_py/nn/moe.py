@@ -61,8 +61,8 @@ class MoELayer(nn.Module):
             that saves what ``torch.ops.deep_ep_py.plan.default`` returns, so that recomputation exchanges no counts.
         ep_mesh: a DeviceMesh of one dimension over the buffer's ranks. The experts' parameters become DTensors of it.
             To shard them further by FSDP, it must be a dimension of the mesh that has FSDP's dimension too. None: the
-            mesh that the buffer was made of, or one of its process group. Without any (threads, MPI), parameters are
-            plain tensors of this rank's experts.
+            mesh that the buffer was made of, or one of its process group. Without any (threads, MPI), and where the
+            buffer has one rank, parameters are plain tensors of this rank's experts.
         device, dtype: of the parameters; the router is float32 in any case. Parameters and tokens must be on the
             buffer's device when the layer is called.
 
@@ -112,6 +112,7 @@ class MoELayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> MoEOutput:
         """The layer over this rank's tokens x [*, S, H] (S: length of a sequence, where a loss is taken over them)."""
+        check_ddp()
         if not torch.compiler.is_compiling():
             check_ddp()
         self.buffer._check("x", x)
