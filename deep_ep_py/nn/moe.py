@@ -163,5 +163,8 @@ def _mesh_of(buffer: ElasticBuffer, given: DeviceMesh | None) -> DeviceMesh | No
     elif dist.is_available() and isinstance(buffer.group, dist.ProcessGroup):
         from torch.distributed.device_mesh import DeviceMesh
 
-        mesh = DeviceMesh.from_group(buffer.group, buffer.device.type)
+        # DTensor's caches outlive a process group and take meshes of equal ranks and names for the same, whose groups
+        # they find by name. So the name of the group is part of the mesh's.
+        name = f"ep_{buffer.group.group_name}"
+        mesh = DeviceMesh.from_group(buffer.group, buffer.device.type, mesh_dim_names=(name,))
     return mesh
