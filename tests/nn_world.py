@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from deep_ep_py import ElasticBuffer
+from deep_ep_py import ElasticBuffer, EPArgumentError
 from deep_ep_py.nn import (
     GradScaler,
     GroupedExperts,
@@ -141,12 +141,17 @@ def by_hand(model, mesh):
 
 
 def plain(buffer, mesh):
-    return Model(buffer, mesh["ep"]), partial(by_hand, mesh=mesh)
+    return Model(buffer), partial(by_hand, mesh=mesh)
 
 
 def ddp(buffer, mesh):
-    model = Model(buffer, mesh["ep"])
-    return DistributedDataParallel(prepare_ddp(model, mesh["dp"])), no_reduction
+    torch.manual_seed(dist.get_rank())
+    model = DistributedDataParallel(prepare_ddp(Model(buffer), mesh["dp"]))
+    for layer in model.module.layers:  # replicas begin alike, whatever they were
+        of_first = layer.experts.down.to_local().detach().clone()
+        dist.broadcast(of_first, dist.get_rank() % 2, group=mesh.get_group("dp"))
+        same(layer.experts.down.to_local().detach(), of_first)
+    return model, no_reduction
 
 
 def sharded(model, mesh, compiled=False):
@@ -167,7 +172,7 @@ def fsdp(buffer, mesh, recompute=False, compiled=False):
 
 def fsdp_from_meta(buffer, mesh):
     with torch.device("meta"):
-        model = Model(buffer, mesh["ep"])
+        model = Model(buffer)
     return sharded(model, mesh).to_empty(device="cpu"), no_reduction
 
 
@@ -264,32 +269,47 @@ def scaler_skips_on_all_ranks(buffer, mesh):
     assert all(not torch.equal(now, start[name]) for name, now in state_of(model).items())
 
 
+def refusal(call):
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError("not refused")
+
+
 def unprepared_ddp_is_refused(buffer, mesh):
     def of_plain_tensors():  # as over a buffer of threads or MPI
-        model = Model(buffer, mesh["ep"])
+        model = Model(buffer)
         for layer in model.layers:
             layer.experts = GroupedExperts(H, WIDTH, 4, dist.get_rank(), 2, dtype=DTYPE)
         return DistributedDataParallel(model)
 
     def prepared_below_the_root():
-        model = Model(buffer, mesh["ep"])
+        model = Model(buffer)
         prepare_ddp(model.layers)
         return DistributedDataParallel(model, init_sync=False)  # with it, torch refuses DTensors by itself
 
     for build in (of_plain_tensors, prepared_below_the_root):
         model = build()
         for run in (model, torch.compile(model, backend="eager")):
-            raised = "nothing"
-            try:
-                run(batch(0))
-            except Exception as error:  # a compiler wraps it in one of its own
-                raised = str(error)
+            raised = str(refusal(partial(run, batch(0))))  # a compiler wraps it in one of its own
             assert "layers.0.experts.gate_up" in raised and "prepare_ddp(model" in raised, raised
     everywhere = DistributedDataParallel(Model())  # all experts on every rank
     everywhere(batch(0)).sum().backward()
 
 
-OTHERS = {f.__name__: f for f in (averages_and_copies, scaler_skips_on_all_ranks, unprepared_ddp_is_refused)}
+def wrong_meshes_are_refused(buffer, mesh):
+    for given in (mesh["dp"], mesh):
+        error = refusal(partial(Model, buffer, given))
+        assert isinstance(error, EPArgumentError) and error.argument == "ep_mesh", error
+    for over in (mesh["ep"], init_device_mesh("cpu", (2,))):  # experts would be sharded over the same ranks twice
+        refusal(partial(fully_shard, Model(buffer), mesh=over))  # by torch
+
+
+OTHERS = {
+    f.__name__: f
+    for f in (averages_and_copies, scaler_skips_on_all_ranks, unprepared_ddp_is_refused, wrong_meshes_are_refused)
+}
 
 
 # --- worlds ---------------------------------------------------------------------------------------------------------
@@ -308,7 +328,7 @@ def wrapped_world(group, folder):
     """What went wrong, by case."""
     folder, found = Path(folder), {}
     mesh = init_device_mesh("cpu", (group.size() // 2, 2), mesh_dim_names=("dp", "ep"))
-    buffer = ElasticBuffer(mesh.get_group("ep"), hidden=H)
+    buffer = ElasticBuffer(mesh["ep"], hidden=H)
     for number, name in enumerate(name for ranks, name in WRAPPERS if ranks == group.size()):
         attempt(found, name, through, buffer, mesh, folder, name, number == 1)
     if group.size() == 2:
@@ -322,7 +342,7 @@ def go_on(buffer, mesh, folder, key):
     """From a checkpoint of another world."""
     model, reduce = plain(buffer, mesh)
     reset(model, seed=1)
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, WRAPPERS[key][1].get("by_mesh", False))
     load(model, optimizer, folder / "{} {}".format(*key))
     reference = torch.load(folder / "reference.pt")
     same(state_of(model), reference["trained"])
@@ -333,7 +353,7 @@ def go_on(buffer, mesh, folder, key):
 def loading_world(group, folder):
     folder, found = Path(folder), {}
     mesh = init_device_mesh("cpu", (1, group.size()), mesh_dim_names=("dp", "ep"))
-    buffer = ElasticBuffer(mesh.get_group("ep"), hidden=H)
+    buffer = ElasticBuffer(mesh["ep"], hidden=H)
     for key in WRAPPERS:
         attempt(found, key, go_on, buffer, mesh, folder, key)
     buffer.destroy()
