@@ -186,7 +186,7 @@ def train(args: argparse.Namespace, device: torch.device) -> bool:
 
     mine = share(args.batch, rank, num_ranks)
     most = -(-args.batch // num_ranks) * args.context
-    buffer = ElasticBuffer(mesh.get_group("ep"), num_max_tokens_per_rank=most, hidden=args.hidden, num_topk=args.topk)
+    buffer = ElasticBuffer(mesh["ep"], num_max_tokens_per_rank=most, hidden=args.hidden, num_topk=args.topk)
     torch.manual_seed(args.seed)  # on a CPU, so that weights are the same on all ranks and all devices
     model = ByteLM(config, buffer, recompute=args.checkpoint_activations).to(device)
     if args.perturb:

@@ -113,8 +113,6 @@ class MoELayer(nn.Module):
     def forward(self, x: torch.Tensor) -> MoEOutput:
         """The layer over this rank's tokens x [*, S, H] (S: length of a sequence, where a loss is taken over them)."""
         check_ddp()
-        if not torch.compiler.is_compiling():
-            check_ddp()
         self.buffer._check("x", x)
         topk_idx, topk_weights, aux_loss, load = self.router(x)
         tokens = x.reshape(-1, x.shape[-1])
@@ -154,7 +152,7 @@ class MoELayer(nn.Module):
 
 def _mesh_of(buffer: ElasticBuffer, given: DeviceMesh | None) -> DeviceMesh | None:
     """The mesh of the experts' parameters; see MoELayer."""
-    mesh: DeviceMesh | None = getattr(buffer, "mesh", None) if given is None else given
+    mesh = buffer.mesh if given is None else given
     if mesh is not None:
         ranks = (mesh.size(), mesh.get_local_rank()) if mesh.ndim == 1 else None
         if ranks != (buffer.num_ranks, buffer.rank_idx):
