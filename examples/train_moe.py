@@ -8,9 +8,9 @@
     torchrun --standalone --nproc-per-node 2 examples/train_moe.py --steps 120 --compare-with one.json
 
 Groups of ``--ep`` consecutive ranks hold one copy of the experts, spread over them; everything else is on every rank.
-All ranks read different sequences of one global batch. Gradients are sums: an expert's over the ranks that hold it (its
-group's tokens came to it), the others' over all ranks. ``--device cuda`` takes the GPU of ``LOCAL_RANK`` (ranks share
-GPUs where there are fewer) and NCCL, and needs a library with CUDA kernels.
+All ranks read different sequences of one global batch. Gradients are reduced by DistributedDataParallel, those of an
+expert between the ranks that hold it (its group's tokens came to it). ``--device cuda`` takes the GPU of ``LOCAL_RANK``
+(ranks share GPUs where there are fewer) and NCCL, and needs a library with CUDA kernels.
 
 How near the curves of different numbers of ranks are: the same float32 numbers are added in another order, a change no
 larger than that of ``--perturb``, which raises each initial weight by one unit in the last place; so that is the
@@ -40,12 +40,14 @@ import torch.distributed.checkpoint as dcp
 from _byte_lm import ByteLM, ModelConfig, global_batch, share
 from _run_report import KINDS, compare, exchange_seconds, plot, progress
 from moe_text import read_text
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, record_function
 
 from deep_ep_py import ElasticBuffer
-from deep_ep_py.nn import GroupedExperts
+from deep_ep_py.nn import GroupedExperts, clip_grad_norm_, prepare_ddp
 
 WARMUP_STEPS = 20
 
@@ -111,55 +113,24 @@ def join_world(device: str | None) -> torch.device:
     return found
 
 
-def own_experts(model: ByteLM) -> dict[str, range]:
-    """The names of the parameters that hold experts, each with the experts that this rank has of it."""
-    holders = [(name, module) for name, module in model.named_modules() if isinstance(module, GroupedExperts)]
-    return {f"{name}.{p}": module.owned for name, module in holders for p, _ in module.named_parameters()}
+def checkpointed(model: ByteLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and optimizer state: what several ranks hold is written once, and experts can be read on any ranks."""
+    weights, state = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": state}
 
 
-def sum_gradients(model: ByteLM, mesh: DeviceMesh, largest_norm: float) -> None:
-    """Over all tokens of the global batch (a combine's backward has brought those of the expert-parallel group), and
-    scale them to a norm, over all weights of all ranks, of at most ``largest_norm``."""
-    experts = own_experts(model)
-    split: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-    for name, weight in model.named_parameters():
-        split[name in experts].append(weight.grad)
-    flat = {of_experts: torch.cat([g.flatten() for g in gradients]) for of_experts, gradients in split.items()}
-    dist.all_reduce(flat[False])
-    if flat[True].numel():  # a rank may own no expert, and then so do those of the other groups
-        dist.all_reduce(flat[True], group=mesh.get_group("dp"))
-    square = flat[True].square().sum()
-    dist.all_reduce(square, group=mesh.get_group("ep"))
-    scale = (largest_norm / (square + flat[False].square().sum()).sqrt()).clamp(max=1)
-    for of_experts, gradients in split.items():
-        totals = flat[of_experts].split([g.numel() for g in gradients])
-        for gradient, total in zip(gradients, totals, strict=True):
-            torch.mul(total.view_as(gradient), scale, out=gradient)
+def save_checkpoint(
+    folder: Path, step: int, model: ByteLM, optimizer: torch.optim.Optimizer, record: dict[str, Any]
+) -> None:
+    dcp.save(
+        {**checkpointed(model, optimizer), "record": json.dumps(record)}, checkpoint_id=folder / f"step-{step:06d}"
+    )
 
 
-def checkpoint_tensors(model: ByteLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state under names that know no ranks: one entry for each expert, a view of its weights.
-
-    So any split of any number of experts can be read by any other; what several ranks hold is written once.
-    """
-    experts = own_experts(model)
-    optimizer_state = get_optimizer_state_dict(model, optimizer)["state"]
-    found = {}
-    for name, weight in model.state_dict().items():
-        for kind, tensor in {"weight": weight, **optimizer_state.get(name, {})}.items():
-            if name in experts and tensor.dim():  # not the number of steps, which is one for all
-                found.update({f"{kind}.{name}.{e}": tensor[i] for i, e in enumerate(experts[name])})
-            else:
-                found[f"{kind}.{name}"] = tensor
-    return found
-
-
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-    dcp.save({**tensors, "record": json.dumps(record)}, checkpoint_id=folder / f"step-{step:06d}")
-
-
-def load_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> dict[str, Any]:
-    """Fill these tensors from the last whole checkpoint, and return the record of its run."""
+def load_checkpoint(
+    folder: Path, model: ByteLM, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Fill model and optimizer from the last whole checkpoint, and return the record of its run."""
     whole = sorted(found.parent for found in folder.glob("step-*/.metadata"))  # it is written last
     if not whole:
         raise SystemExit(f"no checkpoint in {folder}")
@@ -169,8 +140,31 @@ def load_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], settings: di
     differing = {k: (v, settings[k]) for k, v in record["settings"].items() if settings[k] != v}
     if differing:
         raise SystemExit(f"{whole[-1]} is of a run with other settings (there, here): {differing}")
-    dcp.load(tensors, checkpoint_id=whole[-1])
+    state = checkpointed(model, optimizer)
+    entries = dcp.FileSystemReader(whole[-1]).read_metadata().state_dict_metadata
+    by_expert = any(name.startswith("weight.") for name in entries)
+    dcp.load(entries_by_expert(state, model) if by_expert else state, checkpoint_id=whole[-1])
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return record
+
+
+def entries_by_expert(state: dict[str, Any], model: ByteLM) -> dict[str, torch.Tensor]:
+    """The tensors of a state by the names that earlier versions of this example gave them: each expert had its own."""
+    experts = {
+        f"{name}.{p}": module.owned
+        for name, module in model.named_modules()
+        if isinstance(module, GroupedExperts)
+        for p, _ in module.named_parameters()
+    }
+    found = {}
+    for name, weight in state["model"].items():
+        for kind, tensor in {"weight": weight, **state["optimizer"]["state"].get(name, {})}.items():
+            if name in experts and tensor.dim():  # not the number of steps, which is one for all
+                part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                found.update({f"{kind}.{name}.{e}": part[i] for i, e in enumerate(experts[name])})
+            else:
+                found[f"{kind}.{name}"] = tensor
+    return found
 
 
 def train(args: argparse.Namespace, device: torch.device) -> bool:
@@ -192,17 +186,18 @@ def train(args: argparse.Namespace, device: torch.device) -> bool:
 
     mine = share(args.batch, rank, num_ranks)
     most = -(-args.batch // num_ranks) * args.context
-    buffer = ElasticBuffer(mesh.get_group("ep"), num_max_tokens_per_rank=most, hidden=args.hidden, num_topk=args.topk)
+    buffer = ElasticBuffer(mesh["ep"], num_max_tokens_per_rank=most, hidden=args.hidden, num_topk=args.topk)
     torch.manual_seed(args.seed)  # on a CPU, so that weights are the same on all ranks and all devices
     model = ByteLM(config, buffer, recompute=args.checkpoint_activations).to(device)
     if args.perturb:
         with torch.no_grad():
             for weight in model.parameters():
                 weight.copy_(torch.nextafter(weight, torch.full_like(weight, torch.inf)))
+    parallel = DistributedDataParallel(prepare_ddp(model, mesh["dp"]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     record: dict[str, Any] = {"settings": settings, "loss": [], "load": []}
     if args.resume:
-        record = load_checkpoint(args.checkpoints, checkpoint_tensors(model, optimizer), settings)
+        record = load_checkpoint(args.checkpoints, model, optimizer, settings)
     if args.compile:
         for block in model.blocks:
             block.compile(fullgraph=True)
@@ -221,12 +216,13 @@ def train(args: argparse.Namespace, device: torch.device) -> bool:
             group["lr"] = args.lr * min(1.0, (step + 1) / WARMUP_STEPS)
         sequences = global_batch(text, args.seed, step, args.batch, args.context + 1)[mine].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss, aux_loss, load = model(sequences)
-        # This rank's part of the mean over the global batch: gradients are then sums, however uneven the parts are.
+            loss, aux_loss, load = parallel(sequences)
+        # This rank's part of the mean over the global batch, however uneven the parts are: the sum over ranks is meant,
+        # and gradients become means over ranks.
         loss = loss / (args.batch * args.context)
         with record_function("train: backward"):
-            (loss + aux_loss * (len(sequences) / args.batch)).backward()
-        sum_gradients(model, mesh, args.clip)
+            ((loss + aux_loss * (len(sequences) / args.batch)) * num_ranks).backward()
+        clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -240,7 +236,7 @@ def train(args: argparse.Namespace, device: torch.device) -> bool:
         seconds.append(time.perf_counter() - began)
         due = step + 1 == args.steps or (args.checkpoint_every and (step + 1) % args.checkpoint_every == 0)
         if args.checkpoints and due:
-            save_checkpoint(args.checkpoints, step + 1, checkpoint_tensors(model, optimizer), record)
+            save_checkpoint(args.checkpoints, step + 1, model, optimizer, record)
 
     profiled = seconds[profile_from - start :]
     if profiled:

@@ -31,10 +31,31 @@ RUNS = {
     "two, on one": (1, "--resume --checkpoints a --compare-with one.json", "two"),
     "two, on three": (3, "--resume --checkpoints b --compare-with one.json", "two"),
     "one, on two by two": (4, "--resume --checkpoints c --ep 2 --compare-with one.json", "one"),
+    "by expert, on three": (3, "--resume --checkpoints d --compare-with one.json", "by expert"),
     "other settings": (1, "--resume --checkpoints two --lr 0.5", None),
 }
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+
+def write_by_expert(source, target):
+    """A checkpoint as the example wrote it before it had DTensors: flat names, an entry for each expert."""
+    entries = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
+    shapes = {name: entry.size for name, entry in entries.items() if hasattr(entry, "size")}
+    whole = {name: torch.zeros(size, dtype=entries[name].properties.dtype) for name, size in shapes.items()}
+    whole["record"] = ""
+    dcp.load(whole, checkpoint_id=source, no_dist=True)
+    found = {"record": whole.pop("record")}
+    for name, tensor in whole.items():
+        if name.startswith("model."):
+            kind, name = "weight", name.removeprefix("model.")
+        else:
+            name, _, kind = name.removeprefix("optimizer.state.").rpartition(".")
+        if ".experts." in name and tensor.dim():
+            found.update({f"{kind}.{name}.{e}": tensor[e].clone() for e in range(EXPERTS)})
+        else:
+            found[f"{kind}.{name}"] = tensor
+    dcp.save(found, checkpoint_id=target, no_dist=True)
 
 
 def run_all(group, folder):
@@ -57,6 +78,8 @@ def run_all(group, folder):
             if start is not None and rank == 0:
                 args.checkpoints.mkdir()
                 (args.checkpoints / f"step-{HALF:06d}").symlink_to(folder / start / f"step-{HALF:06d}")
+                if start == "by expert":
+                    write_by_expert(folder / "two" / f"step-{HALF:06d}", folder / start / f"step-{HALF:06d}")
             dist.barrier()
             try:
                 found[name] = train_moe.train(args, torch.device("cpu"))
@@ -81,7 +104,7 @@ def test_one_process_learns(runs):
     assert losses[-1] < losses[0] - 1.5, "it does not learn, so that its curve proves nothing"
 
 
-@pytest.mark.parametrize("name", ["two", "two, on one", "two, on three", "one, on two by two"])
+@pytest.mark.parametrize("name", ["two", "two, on one", "two, on three", "one, on two by two", "by expert, on three"])
 def test_curve_is_that_of_one_process(runs, name):
     assert runs[0][name] is True
 
@@ -91,9 +114,9 @@ def test_expert_bias_follows_the_loads_of_all_ranks(runs):
     folder = runs[1]
     load = torch.tensor(json.loads((folder / "two.json").read_text())["load"])[:, 0]
     assert (load.sum(1) == BATCH * CONTEXT * TOPK).all()
-    name = "weight.blocks.1.feed_forward.router.expert_bias"
+    name = "blocks.1.feed_forward.router.expert_bias"
     found = {name: torch.zeros(EXPERTS)}
-    dcp.load(found, checkpoint_id=folder / "two" / f"step-{STEPS:06d}", no_dist=True)
+    dcp.load({"model": found}, checkpoint_id=folder / "two" / f"step-{STEPS:06d}", no_dist=True)
     expected = 5e-3 * torch.sign(load.sum(1, keepdim=True) - EXPERTS * load).sum(0)
     assert expected.abs().max() > 0.05
     torch.testing.assert_close(found[name], expected.float())

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..autograd import combine, dispatch, plan, plan_and_dispatch
 from ..communicator import thread_world
 from ..elastic import ElasticBuffer
+from ..errors import EPArgumentError
+from .data_parallel import check_ddp
 from .experts import GroupedExperts, SharedExpert
 from .router import Router, RouterConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class MoEOutput(NamedTuple):
@@ -39,7 +45,8 @@ class MoELayer(nn.Module):
 
     Gradients: those of the experts are sums over the tokens of all ranks; those of the router and the shared expert
     are of this rank's tokens, to be summed over ranks. Where the loss is a mean over all ranks' tokens, and every rank
-    holds the mean over its own, divide both sums by R. A parameter whose expert got no token has a gradient of zeros.
+    holds the mean over its own, divide both sums by R (``layer.experts.gradient_divisor`` is for that). A parameter
+    whose expert got no token has a gradient of zeros.
 
     Args:
         hidden: H. width: inner width of an expert. num_experts: E, over all ranks. num_topk: K.
@@ -52,11 +59,17 @@ class MoELayer(nn.Module):
         overlap_shared: compute the shared expert while rows travel, and its backward pass while gradients do.
         separate_plan: plan, then dispatch, instead of both in one rendezvous: for selective activation checkpointing
             that saves what ``torch.ops.deep_ep_py.plan.default`` returns, so that recomputation exchanges no counts.
+        ep_mesh: a DeviceMesh of one dimension over the buffer's ranks. The experts' parameters become DTensors of it.
+            To shard them further by FSDP, it must be a dimension of the mesh that has FSDP's dimension too. None: the
+            mesh that the buffer was made of, or one of its process group. Without any (threads, MPI), and where the
+            buffer has one rank, parameters are plain tensors of this rank's experts.
         device, dtype: of the parameters; the router is float32 in any case. Parameters and tokens must be on the
             buffer's device when the layer is called.
 
     Raises:
-        EPArgumentError: as RouterConfig and Router.
+        EPArgumentError: as RouterConfig and Router; ``ep_mesh`` does not have the ranks of the buffer.
+        EPError: in a forward pass, by a DistributedDataParallel that does not leave out the experts; see
+            :func:`.prepare_ddp`.
 
     Example::
 
@@ -80,6 +93,7 @@ class MoELayer(nn.Module):
         expert_alignment: int | None = None,
         overlap_shared: bool = True,
         separate_plan: bool = False,
+        ep_mesh: DeviceMesh | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -89,12 +103,16 @@ class MoELayer(nn.Module):
             expert_alignment = 1 if self.buffer.device.type == "cpu" else 8
         self.expert_alignment, self.overlap_shared, self.separate_plan = expert_alignment, overlap_shared, separate_plan
         rank, num_ranks = self.buffer.rank_idx, self.buffer.num_ranks
+        mesh = _mesh_of(self.buffer, ep_mesh)
         self.router = Router(hidden, num_experts, num_topk, router, device=device)
-        self.experts = GroupedExperts(hidden, width, num_experts, rank, num_ranks, device=device, dtype=dtype)
+        self.experts = GroupedExperts(
+            hidden, width, num_experts, rank, num_ranks, mesh=mesh, device=device, dtype=dtype
+        )
         self.shared = SharedExpert(hidden, shared_width, device=device, dtype=dtype) if shared_width else None
 
     def forward(self, x: torch.Tensor) -> MoEOutput:
         """The layer over this rank's tokens x [*, S, H] (S: length of a sequence, where a loss is taken over them)."""
+        check_ddp()
         self.buffer._check("x", x)
         topk_idx, topk_weights, aux_loss, load = self.router(x)
         tokens = x.reshape(-1, x.shape[-1])
@@ -105,7 +123,9 @@ class MoELayer(nn.Module):
         overlap: Any = self.shared is not None and self.overlap_shared
         # Expanded: one row per token and slot, sorted by expert, so that nothing is left to permute.
         if self.separate_plan:
-            handle = plan(topk_idx, self.buffer, num_experts, expand=True, expert_alignment=alignment)
+            handle = plan(
+                topk_idx, self.buffer, num_experts, expand=True, expert_alignment=alignment, placement="chunked"
+            )
             arriving = dispatch(tokens, topk_weights, handle, async_finish=overlap)
         else:
             arriving = plan_and_dispatch(
@@ -116,6 +136,7 @@ class MoELayer(nn.Module):
                 num_experts,
                 expand=True,
                 expert_alignment=alignment,
+                placement="chunked",
                 async_finish=overlap,
             )
         shared = self.shared(tokens) if self.shared is not None else None
@@ -125,4 +146,23 @@ class MoELayer(nn.Module):
         y = self.experts(recv_x, handle.expert_offsets, row_weights)
         # As a bias: the shared expert's output starts the sum, which is rounded once.
         output = combine(y, handle, bias=shared)
-        return MoEOutput(output.reshape(x.shape), aux_loss, load)
+        # Not a view in autograd's sense: a change in place of a view would drop the hooks that FSDP puts on outputs.
+        return MoEOutput(torch.ops.aten._unsafe_view(output, x.shape), aux_loss, load)
+
+
+def _mesh_of(buffer: ElasticBuffer, given: DeviceMesh | None) -> DeviceMesh | None:
+    """The mesh of the experts' parameters; see MoELayer."""
+    mesh = buffer.mesh if given is None else given
+    if mesh is not None:
+        ranks = (mesh.size(), mesh.get_local_rank()) if mesh.ndim == 1 else None
+        if ranks != (buffer.num_ranks, buffer.rank_idx):
+            expected = f"a DeviceMesh of one dimension whose {buffer.num_ranks} ranks are those of the buffer, in order"
+            raise EPArgumentError.of("ep_mesh", expected, mesh)
+    elif dist.is_available() and isinstance(buffer.group, dist.ProcessGroup):
+        from torch.distributed.device_mesh import DeviceMesh
+
+        # DTensor's caches outlive a process group and take meshes of equal ranks and names for the same, whose groups
+        # they find by name. So the name of the group is part of the mesh's.
+        name = f"ep_{buffer.group.group_name}"
+        mesh = DeviceMesh.from_group(buffer.group, buffer.device.type, mesh_dim_names=(name,))
+    return mesh

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import EPArgumentError
+from .sharded import draw_normal_
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        draw_normal_(self.weight, self.weight.shape[1] ** -0.5)
         if self.expert_bias is not None:
             nn.init.zeros_(self.expert_bias)
 
