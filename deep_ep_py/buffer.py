@@ -18,8 +18,10 @@ from .layout import align, dispatch_layout, layout_on_device
 from .plans import Plan
 from .requests import RequestsV1, Rows
 from .settings import Settings
+from .traced import untraced
 
 
+@untraced
 class Buffer(Face):
     """Expert-parallel dispatch and combine with DeepEP's V1 interface.
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from .errors import EPArgumentError
+from .traced import untraced
 
 
 class CompletionEvent(Protocol):
@@ -49,6 +50,7 @@ class StreamEvent:
         return not torch.cuda.is_current_stream_capturing() and bool(self._event.query())
 
 
+@untraced
 class EventHandle:
     """A point in the order of operations. Without an event it is the present one: of the current CUDA stream in a
     program that uses CUDA; elsewhere it has passed."""
@@ -79,6 +81,7 @@ class EventHandle:
         return f"<EventHandle: {'done' if done else 'not done'}>"
 
 
+@untraced
 class EventOverlap:
     """An event with what must live until it, and a context that waits at its end.
 

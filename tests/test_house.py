@@ -24,7 +24,7 @@ MAX_LINES = 400
 # A module may import what stands on its own line or above, never what stands below.
 LAYERS = (
     ("_C",),
-    ("errors", "settings", "plans", "types", "event", "utils"),
+    ("errors", "settings", "plans", "types", "traced", "event", "utils"),
     (
         "reference",
         "_reference_rows",
