@@ -75,7 +75,7 @@ class Cases:
 
         def uncached(*tensors: torch.Tensor) -> Call:
             return lambda: registered.plan_dispatch.default(
-                *tensors, topk_idx, number, num_experts, 1, None, expand, True, False
+                *tensors, topk_idx, number, num_experts, 1, None, expand, True, False, "contiguous"
             )
 
         self.groups: list[tuple[str, Call, dict[str, Call]]] = [

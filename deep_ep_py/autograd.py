@@ -254,10 +254,10 @@ def plan_and_dispatch(
         x, weights, topk_idx, number, num_experts, expert_alignment, num_max_tokens_per_rank, bool(expand),
         bool(do_cpu_sync), bool(async_finish), placement,
     )  # fmt: skip
-    handle = _handle(found, topk_idx, buffer, expert_alignment, expand)
+    handle = _handle(found[-3:], topk_idx, buffer, expert_alignment, expand)
     if async_finish:
-        return PendingPlanAndDispatch(handle, _pending(found[3], x, weights, handle, number))
-    return found[3], found[4] if weights is not None else None, handle
+        return PendingPlanAndDispatch(handle, _pending(found[0], x, weights, handle, number))
+    return found[0], found[1] if weights is not None else None, handle
 
 
 @overload
@@ -311,7 +311,7 @@ def combine(
         start = [b.detach() if isinstance(b, torch.Tensor) else b for b in (bias0, bias1)]
         (ticket,) = ops.combine(y, None, handle.packed, *start, number, handle.num_tokens, 0, handle.expand, True)
         shape = (handle.num_tokens, handle.num_rows, y.shape[1], y.dtype, 0, None)
-        return PendingCombine(ticket, (handle.packed, bias0, bias1, number, False, handle.expand, *shape))
+        return PendingCombine(ticket, (handle.packed, bias0, bias1, y, None, number, False, handle.expand, *shape))
     found = ops.combine(y, None, handle.packed, bias0, bias1, number, handle.num_tokens, 0, handle.expand, False)
     return found[0]
 
@@ -321,7 +321,7 @@ def _pending(
 ) -> PendingDispatch:
     columns, dtype = (0, None) if weights is None else (handle.num_topk, weights.dtype)
     shape = (handle.num_rows, handle.num_tokens, x.shape[1], x.dtype, columns, dtype)
-    return PendingDispatch(ticket, (handle.packed, None, None, number, True, handle.expand, *shape))
+    return PendingDispatch(ticket, (handle.packed, None, None, x, weights, number, True, handle.expand, *shape))
 
 
 def _weights(topk_weights: torch.Tensor | None) -> torch.Tensor | None:

@@ -19,8 +19,10 @@ from .plans import Plan
 from .profiling import span
 from .requests import RequestsV1, Rows
 from .settings import Settings
+from .traced import untraced
 
 
+@untraced
 class Buffer(Face):
     """Expert-parallel dispatch and combine with DeepEP's V1 interface.
 

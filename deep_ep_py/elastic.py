@@ -20,10 +20,12 @@ from .requests import Requests, Rows
 from .settings import Settings
 from .sizes import elastic_heap_bytes
 from .tickets import Flights
+from .traced import untraced
 
 PreviousEvent = EventHandle | EventOverlap | None
 
 
+@untraced
 class ElasticBuffer(Face):
     """Expert-parallel dispatch and combine with DeepEP's V2 interface.
 

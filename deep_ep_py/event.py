@@ -12,6 +12,7 @@ import torch
 
 from .errors import EPArgumentError
 from .profiling import span
+from .traced import untraced
 
 
 class CompletionEvent(Protocol):
@@ -50,6 +51,7 @@ class StreamEvent:
         return not torch.cuda.is_current_stream_capturing() and bool(self._event.query())
 
 
+@untraced
 class EventHandle:
     """A point in the order of operations. Without an event it is the present one: of the current CUDA stream in a
     program that uses CUDA; elsewhere it has passed. ``report``: called with what a wait raises."""
@@ -90,6 +92,7 @@ class EventHandle:
         return f"<EventHandle: {'done' if done else 'not done'}>"
 
 
+@untraced
 class EventOverlap:
     """An event with what must live until it, and a context that waits at its end.
 

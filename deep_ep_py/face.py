@@ -13,6 +13,7 @@ from .choice import BackendInfo
 from .communicator import Communicator, communicator_of
 from .engine import Engine, Statistics
 from .errors import EPArgumentError, EPError
+from .traced import untraced
 from .traffic import Traffic
 from .validate import describe, is_tracing, plain
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@untraced
 class Face:
     """Base of :class:`.Buffer` and :class:`.ElasticBuffer`; a context manager that destroys the buffer at its end.
 

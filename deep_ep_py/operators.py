@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
+from .traced import keep_order, returning_order
 from .validate import is_tracing, is_usable
 
 Kernel = Callable[..., Sequence[torch.Tensor]]
@@ -24,12 +26,14 @@ class Operator:
         schema: its arguments, as torch.library writes them; tensors come first.
         kernel: the operation. fake: shapes and dtypes alone.
         save: ``save(ctx, inputs, outputs)``, and backward: ``backward(ctx, gradients of the outputs) -> those of the
-            inputs``; None: not differentiable.
+            first inputs``, None for the others; both None: not differentiable.
 
     In an eager call without modes in between, the kernel or an autograd function made of the same parts is called
     directly: passing the dispatcher costs as much as the rest of a small call (docs/architecture.md has figures). So is
     it with a tensor of a class that operations of torch are sent to: the kernel waits for the result of a functional
     collective, and refuses others, on every rank. The dispatcher would send such a call elsewhere, on this rank alone.
+
+    Every operator has one more argument, ``after``, which only traced programs give: see `traced.py`.
     """
 
     def __init__(
@@ -39,22 +43,28 @@ class Operator:
         kernel: Kernel,
         fake: Kernel,
         save: Callable[[Any, Any, Any], None] | None = None,
-        backward: Callable[[Any, Sequence[torch.Tensor | None]], Any] | None = None,
+        backward: Callable[[Any, Sequence[torch.Tensor | None]], Sequence[torch.Tensor | None]] | None = None,
     ) -> None:
         qualified = f"{NAMESPACE}::{name}"
-        _library.define(f"{name}{schema} -> Tensor[]")
+        # Compilers keep the strides of tensors that they pass: torch's default, said because lowerings ask for it.
+        tags = (torch.Tag.needs_exact_strides,)
+        _library.define(f"{name}({schema}, Tensor? after=None) -> Tensor[]", tags=tags)
+        self._operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+        num_arguments = len(self._operator._schema.arguments) - 1
         # Opaque to a compiler that is watching the frames around a graph break; what custom_op does for its kernels.
-        _library.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")  # type: ignore[attr-defined]
-        torch.library.register_fake(qualified, fake, lib=_library)
+        opaque = torch._disable_dynamo(returning_order(kernel, num_arguments))  # type: ignore[attr-defined]
+        _library.impl(name, opaque, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, returning_order(fake, num_arguments), lib=_library)
+        torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, keep_order, lib=_library)
         self._kernel = kernel
         self._num_tensors = schema.count("Tensor")
         self._apply: Any = None
         if save is not None and backward is not None:
-            torch.library.register_autograd(qualified, backward, setup_context=save, lib=_library)
+            whole = _for_all_inputs(backward)
+            torch.library.register_autograd(qualified, whole, setup_context=save, lib=_library)
             # Function.apply itself is Python around this; what it adds is for functorch's transforms, see __call__.
-            function = _function(name, self._num_tensors, kernel, save, backward)
+            function = _function(name, kernel, save, whole)
             self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-        self._operator = getattr(getattr(torch.ops, NAMESPACE), name).default
         # A collective whose result nobody uses here still serves the other ranks: not to be dropped. (Reductions over
         # no rows are constants to inductor, so on a rank without tokens such results do occur.)
         torch.fx.node.has_side_effect(self._operator)
@@ -79,7 +89,15 @@ _num_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
-def _function(name: str, num_tensors: int, kernel: Kernel, save: Any, backward: Any) -> Any:
+def _for_all_inputs(backward: Any) -> Any:
+    def whole(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> Any:
+        found = backward(ctx, gradients)
+        return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
+
+    return whole
+
+
+def _function(name: str, kernel: Kernel, save: Any, backward: Any) -> Any:
     """The numbers travel as one tuple: torch looks at each argument of `apply`."""
 
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -90,6 +108,6 @@ def _function(name: str, num_tensors: int, kernel: Kernel, save: Any, backward: 
         return found
 
     def undo(ctx: Any, *gradients: Any) -> Any:
-        return *backward(ctx, gradients)[:num_tensors], None
+        return backward(ctx, gradients)
 
     return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(undo)})

@@ -26,9 +26,11 @@ from .operators import Operator
 from .plans import Plan, plan_words
 from .profiling import span
 from .registry import buffer_of
+from .traced import is_traced
 from .types import DispatchSpec
 
 _WEIGHT_DTYPES = (torch.float32, torch.float64)
+_GRADIENTS = "gradients of rows"  # what the rows of an exchange in a backward pass are; see DispatchSpec.carries
 Gradients = Sequence[torch.Tensor | None]
 
 
@@ -75,8 +77,7 @@ def _routing(
     spec: DispatchSpec = face._requests.routing(
         rows, topk_idx, weights, _WEIGHT_DTYPES, num_experts, limit, alignment, sync, expand, placement
     )
-    spec.mask_weights, spec.zero_padding, spec.describe_rows = not expand, expand, expand
-    spec.describe_sources = False
+    spec.mask_weights, spec.zero_padding, spec.describe_rows, spec.describe_sources = not expand, expand, expand, False
     return spec
 
 
@@ -158,20 +159,22 @@ def _zero_tail(rows: torch.Tensor, first: torch.Tensor) -> None:
 
 def _dispatch(
     x: torch.Tensor, weights: torch.Tensor | None, packed: torch.Tensor, buffer: int, num_rows: int, expand: bool,
-    background: bool,
+    background: bool, carries: str = "rows", copy: bool = False,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     face = buffer_of(buffer)
     with face._engine.refusing("dispatch"):
         plan = _read(face, packed, expand)
         rows, _ = validate.tokens(x, face._engine.device)
+        if copy:
+            rows, weights = rows.clone(), None if weights is None else weights.clone()
         spec = face._requests.dispatch_along(plan, rows, weights, _WEIGHT_DTYPES, fixed=True)
-        spec.mask_weights, spec.zero_padding = not expand, expand
+        spec.mask_weights, spec.zero_padding, spec.carries = not expand, expand, carries
     return _delivered(face, spec, background, counted=False)[1]
 
 
 def _dispatch_fake(
     x: torch.Tensor, weights: torch.Tensor | None, packed: torch.Tensor, buffer: int, num_rows: int, expand: bool,
-    background: bool,
+    background: bool, *_: Any,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     if background:
         return [_ticket_fake()]
@@ -186,7 +189,7 @@ def _ticket_fake() -> torch.Tensor:
 
 
 def _save_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, packed, buffer, num_rows, expand, background = inputs
+    x, weights, packed, buffer, num_rows, expand, background, *_ = inputs
     _save_tokens(ctx, packed, x, weights, buffer, num_rows, expand, background)
 
 
@@ -205,17 +208,13 @@ def _undo_dispatch(ctx: Any, gradients: Gradients) -> tuple[torch.Tensor, torch.
     if s.background:
         with on_stream(ctx.stream):
             found = finish(
-                gradients[0], packed, None, None, s.buffer, False, s.expand, s.num_tokens, s.num_rows, s.hidden,
-                s.dtype, s.num_topk, s.weight_dtype,
+                gradients[0], packed, None, None, None, None, s.buffer, False, s.expand, s.num_tokens, s.num_rows,
+                s.hidden, s.dtype, s.num_topk, s.weight_dtype,
             )  # fmt: skip
     else:
         x, weights = s.at_rows(gradients, packed)
-        found = combine(x, weights, packed, None, None, s.buffer, s.num_tokens, s.num_topk, s.expand, False)
+        found = combine(x, weights, packed, None, None, s.buffer, s.num_tokens, s.num_topk, s.expand, False, _GRADIENTS)
     return found[0], None if s.weight_dtype is None else found[1]
-
-
-def _dispatch_backward(ctx: Any, gradients: Gradients) -> Any:
-    return *_undo_dispatch(ctx, gradients), None, None, None, None, None
 
 
 # plan and dispatch in one rendezvous --------------------------------------------------------------------------------
@@ -230,7 +229,7 @@ def _plan_dispatch(
         rows, _ = validate.tokens(x, face._engine.device)
         spec = _routing(face, rows, weights, topk_idx, num_experts, alignment, limit, expand, sync, placement)
     new, found = _delivered(face, spec, background, counted=True)
-    return [*new, *found]
+    return [*found, *new]
 
 
 def _plan_dispatch_fake(
@@ -238,16 +237,12 @@ def _plan_dispatch_fake(
     alignment: int, limit: int | None, expand: bool, sync: bool, background: bool, placement: str,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     plan = _plan_fake(topk_idx, buffer, num_experts, alignment, limit, expand, sync, placement)
-    return [*plan, *_dispatch_fake(x, weights, plan[0], buffer, plan[1].shape[0], expand, background)]
+    return [*_dispatch_fake(x, weights, plan[0], buffer, plan[1].shape[0], expand, background), *plan]
 
 
 def _save_plan_dispatch(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, _, buffer, _, _, _, expand, _, background, _ = inputs
-    _save_tokens(ctx, output[0], x, weights, buffer, output[1].shape[0], expand, background)
-
-
-def _plan_dispatch_backward(ctx: Any, gradients: Gradients) -> Any:
-    return *_undo_dispatch(ctx, gradients[3:]), None, None, None, None, None, None, None, None, None
+    x, weights, _, buffer, _, _, _, expand, _, background, *_ = inputs
+    _save_tokens(ctx, output[-3], x, weights, buffer, output[-2].shape[0], expand, background)
 
 
 # combine ------------------------------------------------------------------------------------------------------------
@@ -256,12 +251,16 @@ def _plan_dispatch_backward(ctx: Any, gradients: Gradients) -> Any:
 def _combine(
     y: torch.Tensor, weights: torch.Tensor | None, packed: torch.Tensor, bias0: torch.Tensor | None,
     bias1: torch.Tensor | None, buffer: int, num_tokens: int, num_topk: int, expand: bool, background: bool,
+    carries: str = "rows", copy: bool = False,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     face = buffer_of(buffer)
     with face._engine.refusing("combine"):
         plan = _read(face, packed, expand)
         bias = tuple(b for b in (bias0, bias1) if b is not None) or None
+        if copy:
+            y, weights = y.clone(), None if weights is None else weights.clone()
         spec = face._requests.combine_along(plan, y, weights, _WEIGHT_DTYPES, bias, face.allow_multiple_reduction)
+        spec.carries = carries
     got, event = face._engine.combine(spec, background=background, previous=())
     found = [got.combined_x] if got.combined_topk_weights is None else [got.combined_x, got.combined_topk_weights]
     return [face._flights.start(found, event)] if background else found
@@ -269,7 +268,7 @@ def _combine(
 
 def _combine_fake(
     y: torch.Tensor, weights: torch.Tensor | None, packed: torch.Tensor, bias0: torch.Tensor | None,
-    bias1: torch.Tensor | None, buffer: int, num_tokens: int, num_topk: int, expand: bool, background: bool,
+    bias1: torch.Tensor | None, buffer: int, num_tokens: int, num_topk: int, expand: bool, background: bool, *_: Any,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     if background:
         return [_ticket_fake()]
@@ -278,7 +277,7 @@ def _combine_fake(
 
 
 def _save_combine(ctx: Any, inputs: Any, output: Any) -> None:
-    y, weights, packed, bias0, bias1, buffer, num_tokens, num_topk, expand, background = inputs
+    y, weights, packed, bias0, bias1, buffer, num_tokens, num_topk, expand, background, *_ = inputs
     ctx.packed, ctx.stream = packed, stream_of(packed) if background else None
     dtype = None if weights is None else weights.dtype
     num_rows, hidden = y.shape
@@ -286,20 +285,20 @@ def _save_combine(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.num_bias = (bias0 is not None) + (bias1 is not None)
 
 
-def _combine_backward(ctx: Any, gradients: Gradients) -> Any:
+def _combine_backward(ctx: Any, gradients: Gradients) -> Gradients:
     packed, s = ctx.packed, _Shape(*ctx.shape)
     bias: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if s.background:  # the gradients of the biases are known, and returned, where the combine was waited for
         with on_stream(ctx.stream):
             found = finish(
-                gradients[0], packed, None, None, s.buffer, True, s.expand, s.num_rows, s.num_tokens, s.hidden, s.dtype,
-                s.num_topk, s.weight_dtype,
+                gradients[0], packed, None, None, None, None, s.buffer, True, s.expand, s.num_rows, s.num_tokens,
+                s.hidden, s.dtype, s.num_topk, s.weight_dtype,
             )  # fmt: skip
     else:
         x, weights = s.at_tokens(gradients, packed)
-        found = dispatch(x, weights, packed, s.buffer, s.num_rows, s.expand, False)
+        found = dispatch(x, weights, packed, s.buffer, s.num_rows, s.expand, False, _GRADIENTS)
         bias = _bias_gradients(x, ctx.num_bias)
-    return found[0], None if s.weight_dtype is None else found[1], None, *bias, None, None, None, None, None
+    return found[0], None if s.weight_dtype is None else found[1], None, *bias
 
 
 def _bias_gradients(x: torch.Tensor, num_bias: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -310,19 +309,19 @@ def _bias_gradients(x: torch.Tensor, num_bias: int) -> tuple[torch.Tensor | None
 
 
 def _finish(
-    ticket: torch.Tensor, packed: torch.Tensor, bias0: torch.Tensor | None, bias1: torch.Tensor | None, buffer: int,
-    of_dispatch: bool, expand: bool, rows: int, rows_before: int, hidden: int, dtype: torch.dtype, num_topk: int,
-    weight_dtype: torch.dtype | None,
+    ticket: torch.Tensor, packed: torch.Tensor, bias0: torch.Tensor | None, bias1: torch.Tensor | None,
+    x: torch.Tensor | None, weights: torch.Tensor | None, buffer: int, *_: Any,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
+    """``x`` and ``weights``, which the operation reads, are arguments for compilers: that they live until here."""
     with span("finish"):
         found: Sequence[torch.Tensor] = buffer_of(buffer)._flights.finish(ticket)
     return found
 
 
 def _finish_fake(
-    ticket: torch.Tensor, packed: torch.Tensor, bias0: torch.Tensor | None, bias1: torch.Tensor | None, buffer: int,
-    of_dispatch: bool, expand: bool, rows: int, rows_before: int, hidden: int, dtype: torch.dtype, num_topk: int,
-    weight_dtype: torch.dtype | None,
+    ticket: torch.Tensor, packed: torch.Tensor, bias0: torch.Tensor | None, bias1: torch.Tensor | None,
+    x: torch.Tensor | None, weights: torch.Tensor | None, buffer: int, of_dispatch: bool, expand: bool, rows: int,
+    rows_before: int, hidden: int, dtype: torch.dtype, num_topk: int, weight_dtype: torch.dtype | None,
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     found = [packed.new_empty((rows, hidden), dtype=dtype)]
     if weight_dtype is not None:
@@ -332,54 +331,59 @@ def _finish_fake(
 
 
 def _save_finish(ctx: Any, inputs: Any, output: Any) -> None:
-    _, packed, bias0, bias1, buffer, of_dispatch, expand, rows, before, hidden, dtype, num_topk, weight_dtype = inputs
-    ctx.packed = packed
+    _, ctx.packed, bias0, bias1, _, _, buffer, of_dispatch, expand, rows, before, *shape = inputs
+    hidden, dtype, *weights = shape[:4]
     num_tokens, num_rows = (before, rows) if of_dispatch else (rows, before)
-    ctx.shape = (buffer, num_tokens, hidden, dtype, num_rows, num_topk, weight_dtype, expand, True)
+    ctx.shape = (buffer, num_tokens, hidden, dtype, num_rows, *weights, expand, True)
     ctx.of_dispatch = of_dispatch
     ctx.num_bias = (bias0 is not None) + (bias1 is not None)
 
 
-def _finish_backward(ctx: Any, gradients: Gradients) -> Any:
+def _finish_backward(ctx: Any, gradients: Gradients) -> Gradients:
     packed, s = ctx.packed, _Shape(*ctx.shape)
     bias: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    # A compiler gives the gradients' memory away after their last use, and where this operation is waited for only its
+    # ticket is known: so in a traced program it reads copies.
+    start = s.expand, True, _GRADIENTS, is_traced(packed)
     if ctx.of_dispatch:
         x, weights = s.at_rows(gradients, packed)
-        (ticket,) = combine(x, weights, packed, None, None, s.buffer, s.num_tokens, s.num_topk, s.expand, True)
+        (ticket,) = combine(x, weights, packed, None, None, s.buffer, s.num_tokens, s.num_topk, *start)
     else:
         x, weights = s.at_tokens(gradients, packed)
-        (ticket,) = dispatch(x, weights, packed, s.buffer, s.num_rows, s.expand, True)
+        (ticket,) = dispatch(x, weights, packed, s.buffer, s.num_rows, *start)
         bias = _bias_gradients(x, ctx.num_bias)
-    return ticket, None, *bias, None, None, None, None, None, None, None, None, None
+    return ticket, None, *bias
 
+
+_FLAGS = 'str carries="rows", bool copy=False'  # copy: a started operation reads copies of its inputs
 
 plan = Operator(
     "plan",
-    "(Tensor topk_idx, int buffer, int num_experts, int alignment, int? limit, bool expand, bool sync, str placement)",
+    "Tensor topk_idx, int buffer, int num_experts, int alignment, int? limit, bool expand, bool sync, str placement",
     _plan,
     _plan_fake,
 )
 dispatch = Operator(
     "dispatch",
-    "(Tensor x, Tensor? weights, Tensor packed, int buffer, SymInt num_rows, bool expand, bool background)",
+    f"Tensor x, Tensor? weights, Tensor packed, int buffer, SymInt num_rows, bool expand, bool background, {_FLAGS}",
     _dispatch,
     _dispatch_fake,
     _save_dispatch,
-    _dispatch_backward,
+    _undo_dispatch,
 )
 plan_dispatch = Operator(
     "plan_dispatch",
-    "(Tensor x, Tensor? weights, Tensor topk_idx, int buffer, int num_experts, int alignment, int? limit, bool expand, "
-    "bool sync, bool background, str placement)",
+    "Tensor x, Tensor? weights, Tensor topk_idx, int buffer, int num_experts, int alignment, int? limit, bool expand, "
+    "bool sync, bool background, str placement",
     _plan_dispatch,
     _plan_dispatch_fake,
     _save_plan_dispatch,
-    _plan_dispatch_backward,
+    _undo_dispatch,
 )
 combine = Operator(
     "combine",
-    "(Tensor y, Tensor? weights, Tensor packed, Tensor? bias0, Tensor? bias1, int buffer, SymInt num_tokens, "
-    "SymInt num_topk, bool expand, bool background)",
+    "Tensor y, Tensor? weights, Tensor packed, Tensor? bias0, Tensor? bias1, int buffer, SymInt num_tokens, "
+    f"SymInt num_topk, bool expand, bool background, {_FLAGS}",
     _combine,
     _combine_fake,
     _save_combine,
@@ -387,8 +391,9 @@ combine = Operator(
 )
 finish = Operator(
     "finish",
-    "(Tensor ticket, Tensor packed, Tensor? bias0, Tensor? bias1, int buffer, bool of_dispatch, bool expand, "
-    "SymInt rows, SymInt rows_before, SymInt hidden, ScalarType dtype, SymInt num_topk, ScalarType? weight_dtype)",
+    "Tensor ticket, Tensor packed, Tensor? bias0, Tensor? bias1, Tensor? x, Tensor? weights, int buffer, "
+    "bool of_dispatch, bool expand, SymInt rows, SymInt rows_before, SymInt hidden, ScalarType dtype, SymInt num_topk, "
+    "ScalarType? weight_dtype",
     _finish,
     _finish_fake,
     _save_finish,

@@ -26,7 +26,7 @@ MAX_LINES = 400
 # A module may import what stands on its own line or above, never what stands below.
 LAYERS = (
     ("_C",),
-    ("errors", "settings", "plans", "types", "profiling", "event", "notices", "utils"),
+    ("errors", "settings", "plans", "types", "profiling", "traced", "event", "notices", "utils"),
     (
         "reference",
         "_reference_rows",
