@@ -117,7 +117,7 @@ def store_of_processes() -> Any:
     """A store that the ranks of :func:`run_processes` share: ``set`` and ``wait`` for what a rank must not do early."""
     import torch.distributed as dist
 
-    from deep_ep_py._rows import prefixed
+    from .._rows import prefixed
 
     return prefixed("test", dist.distributed_c10d._get_default_store())
 
