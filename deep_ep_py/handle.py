@@ -229,7 +229,7 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int, device: torch.device) -> P
             raise EPArgumentError.of("handle (recv_src_meta)", f"torch.int32 on {device}", got)
         if device.type != "cpu":
             return plan
-        return plan._replace(sent_minus_received=_sent_minus_received(plan.packed, recv_src_meta))
+        return plan._replace(recv_src_idx=recv_src_meta.contiguous())
     if not isinstance(handle, tuple | list) or len(handle) != 6 or not all(torch.is_tensor(t) for t in handle):
         raise EPArgumentError.of("handle", "the tuple that dispatch returned", f"{type(handle).__name__}")
     prefix, _, _, recv_src_idx, is_token_in_rank, send_head = handle
@@ -272,18 +272,8 @@ def unpack_v1(handle: Any, rank: int, num_ranks: int, device: torch.device) -> P
         plan=packed.data_ptr(),
     )
     if send_head.is_cpu:
-        return Plan.of(packed, _sent_minus_received(packed, recv_src_idx))
+        return Plan.of(packed, recv_src_idx.contiguous())
     return plan_from_heads(Plan.of(packed), on_device, send_head)
-
-
-def _sent_minus_received(packed: torch.Tensor, recv_src_idx: torch.Tensor) -> int:
-    """What tells a plan from those of equal counts: :attr:`.plans.Plan.sent_minus_received`.
-
-    Args:
-        recv_src_idx: [rows] int32, the received tokens' indices at their source.
-    """
-    recv_src_idx = recv_src_idx.contiguous()
-    return _C.sent_minus_received(plan=packed.data_ptr(), recv_src_idx=recv_src_idx.data_ptr())
 
 
 def plan_from_heads(empty: Plan, prefix: torch.Tensor, send_head: torch.Tensor) -> Plan:

@@ -42,8 +42,8 @@ class Plan(NamedTuple):
         num_max_tokens_per_rank: M, the stride of global token indices in the metadata.
         num_domains: D where rows take two hops, across domains and inside one; 0 where they take one.
         num_relayed, relay_slots: tokens of other domains that this rank places for its rail; columns of their targets.
-        sent_minus_received: of the plan behind a V1 handle: hashes of the tokens that this rank sends minus hashes of
-            those that it receives. They add up to 0 (modulo 2**64) over the ranks' plans of one dispatch. Else 0.
+        recv_src_idx: of the plan behind a V1 handle on a CPU: [num_output_rows] int32, the received tokens' indices at
+            their source. Its dispatch may still be writing it. Else None.
 
     On a GPU the header may be there alone: ``num_rows``, ``num_recv_tokens`` and ``digest`` are -1 where the host never
     waited for the counts.
@@ -65,10 +65,10 @@ class Plan(NamedTuple):
     num_domains: int
     num_relayed: int
     relay_slots: int
-    sent_minus_received: int = 0
+    recv_src_idx: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, packed: torch.Tensor, sent_minus_received: int = 0) -> Plan:
+    def of(cls, packed: torch.Tensor, recv_src_idx: torch.Tensor | None = None) -> Plan:
         """Read a packed plan. On a GPU the host waits for the device to hand over header and counts, unless the tensor
         is the very one that :meth:`remember` returned.
 
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
             got = f"{packed.dtype} {list(packed.shape)} on {packed.device}"
             raise EPArgumentError.of("handle", "the plan of a dispatch: contiguous torch.int64 [n]", got)
         if packed.is_cpu:
-            return cls(packed, *_C.read_plan(packed.data_ptr(), packed.numel()), sent_minus_received)
+            return cls(packed, *_C.read_plan(packed.data_ptr(), packed.numel()), recv_src_idx)
         known = getattr(packed, _KNOWN, None)
         if known is None:
             host = _header_on_host(packed)
@@ -94,6 +94,13 @@ class Plan(NamedTuple):
         if not self.packed.is_cpu:
             setattr(self.packed, _KNOWN, self[1:])
         return self.packed
+
+    def sent_minus_received(self) -> int:
+        """Hashes of the tokens that this rank sends minus hashes of those that it receives, for a V1 handle; else 0.
+        They add up to 0 (modulo 2**64) over the ranks' plans of one dispatch. To be called behind that dispatch."""
+        if self.recv_src_idx is None:
+            return 0
+        return _C.sent_minus_received(plan=self.packed.data_ptr(), recv_src_idx=self.recv_src_idx.data_ptr())
 
     @property
     def layout(self) -> PlanLayout:

@@ -81,7 +81,7 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
     p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
     p.num_rows = plan[kPlanRows];
   }
-  p.sent_minus_received = v.integer();
+  p.handle = {plan.words(), v.pointer<int32_t>()};
   p.x = v.pointer<void>();
   p.x_stride_bytes = v.integer();
   p.row_bytes = v.integer();
@@ -145,7 +145,7 @@ PyObject* combine(PyEngine& self, Values& v) {
   pull.num_slots = static_cast<int>(plan[kPlanSlots]);
   pull.targets = plan.targets();
   p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
-  p.sent_minus_received = v.integer();
+  p.handle = {plan.words(), v.pointer<int32_t>()};
   p.y = v.pointer<void>();
   p.y_rows = v.integer();
   p.y_stride_bytes = v.integer();
@@ -196,7 +196,7 @@ void add_operations(py::handle type) {
                                           "expert_local",
                                           "placement_hash",
                                           "plan",
-                                          "sent_minus_received",
+                                          "recv_src_idx",
                                           "x",
                                           "x_stride_bytes",
                                           "row_bytes",
@@ -219,28 +219,11 @@ void add_operations(py::handle type) {
       type, "dispatch_move",
       {"flight", "recv_x", "recv_sf", "recv_sf_leading", "recv_topk_idx", "recv_topk_weights", "recv_meta", "around"});
   Method<PyEngine, &combine>::add(type, "combine",
-                                  {"plan",
-                                   "sent_minus_received",
-                                   "y",
-                                   "y_rows",
-                                   "y_stride_bytes",
-                                   "row_bytes",
-                                   "hidden",
-                                   "dtype",
-                                   "weights",
-                                   "weight_bytes",
-                                   "num_weights",
-                                   "num_bias",
-                                   "bias0",
-                                   "bias1",
-                                   "reduce_per_rank",
-                                   "out",
-                                   "out_weights",
-                                   "carries",
-                                   "max_threads",
-                                   "background",
-                                   "previous",
-                                   "around"});
+                                  {"plan",        "recv_src_idx", "y",       "y_rows",      "y_stride_bytes",
+                                   "row_bytes",   "hidden",       "dtype",   "weights",     "weight_bytes",
+                                   "num_weights", "num_bias",     "bias0",   "bias1",       "reduce_per_rank",
+                                   "out",         "out_weights",  "carries", "max_threads", "background",
+                                   "previous",    "around"});
 }
 
 }  // namespace deep_ep

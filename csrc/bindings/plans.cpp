@@ -79,10 +79,7 @@ void plan_from_heads(Address send_head, Address prefix, int rank, int num_ranks,
 }
 
 int64_t sent_minus_received_of(Address address, Address recv_src_idx) {
-  const PackedPlan plan(at<int64_t>(address));
-  return sent_minus_received(plan.targets(), plan.rank_prefix(), at<int32_t>(recv_src_idx),
-                             static_cast<int>(plan[kPlanRank]), static_cast<int>(plan[kPlanRanks]), plan[kPlanTokens],
-                             plan[kPlanOutputRows]);
+  return HandleV1{at<int64_t>(address), at<int32_t>(recv_src_idx)}.sent_minus_received();
 }
 
 uint64_t hash_routing_of(Address topk_idx, int64_t num_tokens, int num_topk) {

@@ -197,7 +197,7 @@ void Engine::publish_rows(CombineFlight& flight, Step& step) {
   f[kFieldCombineWeights] = p.num_weights;
   f[kFieldReducePerRank] = p.pull.reduce_per_rank;
   f[kFieldCombineHandle] = static_cast<int64_t>(p.digest);
-  f[kFieldSentMinusReceived] = p.sent_minus_received;
+  f[kFieldSentMinusReceived] = p.handle.sent_minus_received();
   record.blocks[kRows] = flight.rows;
   if (weights) flight.weights = record.blocks[kWeightRows] = weights->ref();
   flight.in_place = flight.rows.bytes > 0 && !copy;

@@ -129,7 +129,7 @@ void Engine::notify(DispatchFlight& flight, Step& step) {
   f[kFieldWorstRows] = p.num_worst_tokens;
   if (!known && p.layout != Layout::rank)
     f[kFieldRouting] = static_cast<int64_t>(hash_routing(p.topk_idx, p.num_tokens, p.num_topk));
-  f[kFieldSentMinusReceived] = p.sent_minus_received;
+  f[kFieldSentMinusReceived] = p.handle.sent_minus_received();
   try {
     if (!known) {
       BlockPtr& block = counts_[step.where.seq % 2];

@@ -11,6 +11,7 @@
 #include "cpu/heap.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/worker.hpp"
+#include "protocol/packed_plan.hpp"
 #include "protocol/plan.hpp"
 
 namespace deep_ep {
@@ -85,7 +86,7 @@ struct DispatchParams {
   int32_t* rank_prefix = nullptr;    // [num_ranks, num_ranks]
   int32_t* expert_counts = nullptr;  // [num_local]
   uint64_t digest = 0;               // cached or counted
-  int64_t sent_minus_received = 0;   // of a V1 handle, plan.hpp
+  HandleV1 handle;                   // cached
   int64_t num_rows = 0;              // cached or counted: rows of this rank's output
   // Across domains counts are exchanged before this engine meets: what its ranks receive is known, from everywhere.
   World world;  // num_ranks 0: the engine's own ranks
@@ -179,8 +180,8 @@ struct CombineParams {
   World world;  // num_ranks 0: the engine's own ranks
   Pull pull;
   uint64_t digest = 0;
-  int64_t sent_minus_received = 0;  // of a V1 handle, plan.hpp
-  int carries = 0;                  // as for dispatch
+  HandleV1 handle;
+  int carries = 0;  // as for dispatch
   const void* y = nullptr;
   int64_t y_rows = 0;
   int64_t y_stride_bytes = 0;

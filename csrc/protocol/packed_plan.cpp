@@ -2,6 +2,13 @@
 
 namespace deep_ep {
 
+int64_t HandleV1::sent_minus_received() const {
+  if (!recv_src_idx) return 0;
+  const PackedPlan p(plan);
+  return deep_ep::sent_minus_received(p.targets(), p.rank_prefix(), recv_src_idx, static_cast<int>(p[kPlanRank]),
+                                      static_cast<int>(p[kPlanRanks]), p[kPlanTokens], p[kPlanOutputRows]);
+}
+
 std::string wrong_plan(const int64_t* words, int64_t num_words) {
   if (num_words < kPlanHeaderWords || words[kPlanMagic] != kPlanMagicValue) return "it does not begin as a plan does";
   constexpr int64_t kMost = int64_t{1} << 31;

@@ -55,6 +55,7 @@ class PackedPlan {
   DEEP_EP_HOST_DEVICE int64_t* targets() const {
     return words_ + kPlanHeaderWords + plan_count_words(words_[kPlanRanks], words_[kPlanLocal]);
   }
+  DEEP_EP_HOST_DEVICE int64_t* words() const { return words_; }
   // The sizes that place the parts; before `expert_counts` and `targets` are asked for.
   DEEP_EP_HOST_DEVICE void set_shape(Layout layout, int64_t num_tokens, int num_slots, int num_ranks, int rank,
                                      int num_local) const {
@@ -72,6 +73,15 @@ class PackedPlan {
 
  private:
   int64_t* words_;
+};
+
+// A V1 handle as ranks compare it. `recv_src_idx` is read where the ranks meet, not before: the dispatch that writes it
+// may still run in the background when its handle is used.
+struct HandleV1 {
+  int64_t* plan = nullptr;
+  const int32_t* recv_src_idx = nullptr;  // null: no V1 handle
+
+  int64_t sent_minus_received() const;  // plan.hpp; 0 without a V1 handle
 };
 
 // What is wrong with `num_words` words that a caller says are a plan; empty if nothing is.

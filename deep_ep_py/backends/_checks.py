@@ -53,8 +53,8 @@ def combine_agrees_on(spec: CombineSpec, allow_multiple_reduction: bool) -> dict
 
 
 def told_of(plan: Plan | None) -> dict[str, Any]:
-    """What a record tells of a handle; :attr:`.plans.Plan.sent_minus_received`."""
-    return {"sent_minus_received": 0 if plan is None else plan.sent_minus_received}
+    """What a record tells of a handle; :meth:`.plans.Plan.sent_minus_received`."""
+    return {"sent_minus_received": 0 if plan is None else plan.sent_minus_received()}
 
 
 def check_dispatch(spec: DispatchSpec) -> None:

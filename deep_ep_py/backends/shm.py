@@ -162,7 +162,7 @@ class ShmBackend:
             expert_local=0 if placement is None else placement.local.data_ptr(),
             placement_hash=0 if placement is None else placement.digest,
             plan=packed.data_ptr(),
-            sent_minus_received=0 if plan is None else plan.sent_minus_received,
+            recv_src_idx=0 if plan is None else address(plan.recv_src_idx),
             x=x.data_ptr(),
             x_stride_bytes=x.stride(0) * x.element_size() if num_tokens > 1 else row_bytes,
             row_bytes=row_bytes,
@@ -274,7 +274,7 @@ class ShmBackend:
         row_bytes = y.shape[1] * y.element_size()
         flight.event = self._engine.combine(
             plan=plan.packed.data_ptr(),
-            sent_minus_received=plan.sent_minus_received,
+            recv_src_idx=address(plan.recv_src_idx),
             y=y.data_ptr(),
             y_rows=plan.num_rows,
             y_stride_bytes=y.stride(0) * y.element_size() if plan.num_rows > 1 else row_bytes,
