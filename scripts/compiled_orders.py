@@ -16,6 +16,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -82,6 +84,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     buffer = ep.ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=MOST, hidden=options.hidden, num_topk=2)
+    # Graphs on disk are of whatever version of the operators they were compiled with.
+    torch._functorch.config.enable_autograd_cache = torch._inductor.config.fx_graph_cache = False
     torch.manual_seed(options.seed)
     bodies = programs(options.hidden, buffer, num_ranks)
     draw = torch.Generator().manual_seed(options.seed)
