@@ -7,6 +7,7 @@ AddressSanitizer, which wants to be there before the interpreter: see tests/test
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import threading
 from itertools import product
 
@@ -65,6 +66,7 @@ def main() -> None:
     emulated.install()
     torch.set_num_threads(1)
     world = run_processes if args.processes else run_threads
+    multiprocessing.set_start_method("forkserver")  # ranks find torch loaded
     passed = 0
     for schedule in args.schedules or ["4:1:0"]:
         policy, seed, delays = schedule.split(":")
