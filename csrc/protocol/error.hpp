@@ -52,7 +52,9 @@ inline const char* name_of(Op op) {
 inline std::string advice_on_late_ranks(int64_t pid) {
   return "They are alive but did not come: look at what they do (py-spy dump --pid " + std::to_string(pid) +
          "). A rank whose first call runs under torch.compile may compile for minutes: then raise the deadline "
-         "(num_cpu_timeout_secs, Settings.timeout_seconds or DEEP_EP_PY_TIMEOUT_SECONDS). ";
+         "(num_cpu_timeout_secs, Settings.timeout_seconds or DEEP_EP_PY_TIMEOUT_SECONDS). In a backward pass, a rank "
+         "whose loss does not depend on the rows that it received (it may have received none) does not come: keep them "
+         "in the graph of the loss on every rank. ";
 }
 
 inline std::string join(const std::vector<int>& ranks) {

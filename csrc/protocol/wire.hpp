@@ -14,6 +14,7 @@ constexpr int kMaxSegments = 256;
 constexpr int kMaxFields = 20;
 constexpr int kMaxBlocks = 3;
 constexpr int kTextBytes = 512;
+constexpr int kPoisonTextBytes = 1024;  // whole errors, with remedies
 constexpr int kMaxNamedRanks = 64;
 
 static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free,
@@ -82,7 +83,7 @@ struct PoisonNote {
   double seconds;
   int32_t ranks[kMaxNamedRanks];
   char phase[24];
-  char text[kTextBytes];
+  char text[kPoisonTextBytes];
 };
 
 struct SegmentEntry {
