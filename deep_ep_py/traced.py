@@ -59,6 +59,7 @@ def keep_order(mode: Any, operator: Any, types: Any, arguments: Any = (), option
             f"Use torch {COMPILES_FROM} or later, or keep the call out of compiled functions by torch.compiler.disable."
         )
     _lower_in_order(operator)
+    _weigh_meshes()
     backward = torch._C._current_autograd_node() is not None
     chains: dict[bool, torch.Tensor] = mode.__dict__.setdefault(_ORDER, {})
     if backward not in chains:
@@ -87,6 +88,15 @@ def _save_results(nodes: Iterable[Any]) -> None:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         if config.activation_memory_budget == 0:  # saves nothing but inputs, whatever is marked; a tiny budget does not
             node.meta["memory_budget"] = 1e-9
+
+
+def _weigh_meshes() -> None:
+    """The mesh of a DTensor parameter is an input of the graph. Under a memory budget torch weighs every input, and
+    refuses objects that might hold tensors, unless it is told that they weigh nothing. A mesh holds none."""
+    from torch._functorch import config
+
+    if config.activation_memory_budget != 1 and hasattr(config, "unsafe_treat_script_objects_as_zero_size"):
+        config.unsafe_treat_script_objects_as_zero_size = True
 
 
 def _lower_in_order(operator: Any) -> None:

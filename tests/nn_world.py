@@ -7,12 +7,15 @@ results agree to the last digits but a few.
 from __future__ import annotations
 
 import copy
+import math
 import traceback
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -277,6 +280,31 @@ def refusal(call):
     raise AssertionError("not refused")
 
 
+def norms_where_a_rank_has_no_experts(buffer, mesh):
+    def norms(layer):
+        reset(layer)
+        for parameter in layer.parameters():
+            parameter.square().sum().backward()  # the same gradient on any number of ranks
+        return [float(clip_grad_norm_(layer.parameters(), 1e9, norm_type)) for norm_type in (1, 2, math.inf)]
+
+    one = norms(MoELayer(H, WIDTH, 1, 1))
+    assert norms(MoELayer(H, WIDTH, 1, 1, buffer)) == pytest.approx(one, rel=1e-5)
+
+
+def compiled_under_a_memory_budget(buffer, mesh):
+    """The experts' mesh is an input of the compiled graph, and no exchange runs again in the backward pass."""
+    model = Model(buffer)
+
+    def operations(run):
+        before = buffer.statistics().operations
+        run(batch(0, dist.get_rank(), 2)).sum().backward()
+        return buffer.statistics().operations - before
+
+    expected = operations(model)
+    with torch._functorch.config.patch(activation_memory_budget=0.1):
+        assert operations(torch.compile(model, backend="aot_eager", fullgraph=True)) == expected
+
+
 def unprepared_ddp_is_refused(buffer, mesh):
     def of_plain_tensors():  # as over a buffer of threads or MPI
         model = Model(buffer)
@@ -308,7 +336,14 @@ def wrong_meshes_are_refused(buffer, mesh):
 
 OTHERS = {
     f.__name__: f
-    for f in (averages_and_copies, scaler_skips_on_all_ranks, unprepared_ddp_is_refused, wrong_meshes_are_refused)
+    for f in (
+        averages_and_copies,
+        scaler_skips_on_all_ranks,
+        norms_where_a_rank_has_no_experts,
+        compiled_under_a_memory_budget,
+        unprepared_ddp_is_refused,
+        wrong_meshes_are_refused,
+    )
 }
 
 

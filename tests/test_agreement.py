@@ -286,6 +286,14 @@ def v1_handles(comm, backend):
             with pytest.raises(EPMismatchError, match="handle"):
                 buffer.dispatch(x[:6], handle=handle)
         check(first, first[4])
+    # A handle may be used before its dispatch was waited for: operations run in order.
+    for to in (one, torch.zeros_like(one)):  # all to rank 0: the others receive nothing
+        got, _, _, _, handle, event = v1(buffer, x[:6], to, async_finish=True)
+        again, *_, after = buffer.dispatch(x[:6], handle=handle, async_finish=True)
+        back, _, last = buffer.combine(got, handle, previous_event=event, async_finish=True)
+        after.current_stream_wait()
+        last.current_stream_wait()
+        assert torch.equal(again, got) and torch.equal(back, x[:6])
     few = v1(buffer, x[:6], one) if rank else v1(buffer, x[:0], one[:0])
     check(few, few[4], 6 if rank else 0)
     buffer.destroy()

@@ -81,7 +81,8 @@ PyObject* dispatch_begin(PyEngine& self, Values& v) {
     p.digest = static_cast<uint64_t>(plan[kPlanDigest]);
     p.num_rows = plan[kPlanRows];
   }
-  p.handle = {plan.words(), v.pointer<int32_t>()};
+  const auto* recv_src_idx = v.pointer<int32_t>();
+  if (p.cached) p.handle = {plan.words(), recv_src_idx};
   p.x = v.pointer<void>();
   p.x_stride_bytes = v.integer();
   p.row_bytes = v.integer();

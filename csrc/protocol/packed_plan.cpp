@@ -3,8 +3,8 @@
 namespace deep_ep {
 
 int64_t HandleV1::sent_minus_received() const {
-  if (!recv_src_idx) return 0;
   const PackedPlan p(plan);
+  if (!plan || p[kPlanLayout] != static_cast<int64_t>(Layout::rank)) return 0;
   return deep_ep::sent_minus_received(p.targets(), p.rank_prefix(), recv_src_idx, static_cast<int>(p[kPlanRank]),
                                       static_cast<int>(p[kPlanRanks]), p[kPlanTokens], p[kPlanOutputRows]);
 }

@@ -78,8 +78,8 @@ class PackedPlan {
 // A V1 handle as ranks compare it. `recv_src_idx` is read where the ranks meet, not before: the dispatch that writes it
 // may still run in the background when its handle is used.
 struct HandleV1 {
-  int64_t* plan = nullptr;
-  const int32_t* recv_src_idx = nullptr;  // null: no V1 handle
+  int64_t* plan = nullptr;                // null, or of another layout: no V1 handle
+  const int32_t* recv_src_idx = nullptr;  // [rows]; null where there are none
 
   int64_t sent_minus_received() const;  // plan.hpp; 0 without a V1 handle
 };

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from .sharded import parameters_by_mesh
+from .sharded import local, parameters_by_mesh, sharded_as
 
 
 @torch.no_grad()
@@ -36,7 +37,9 @@ def clip_grad_norm_(
     """
     given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     groups = parameters_by_mesh(p for p in given if p.grad is not None)
-    norms = [torch.nn.utils.get_total_norm([_grad(p) for p in g], norm_type, foreach=foreach) for g in groups]
+    norms = [
+        torch.nn.utils.get_total_norm([_grad(p, norm_type) for p in g], norm_type, foreach=foreach) for g in groups
+    ]
     whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     total = torch.nn.utils.get_total_norm(whole, norm_type, error_if_nonfinite, foreach)
     for group in groups:
@@ -44,9 +47,14 @@ def clip_grad_norm_(
     return total
 
 
-def _grad(parameter: torch.Tensor) -> torch.Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+def _grad(parameter: torch.Tensor, norm_type: float) -> torch.Tensor:
+    """Ranks that hold no element give a zero where torch has no norm of nothing, which is where it is the maximum."""
+    gradient = parameter.grad
+    assert gradient is not None
+    part = local(gradient)
+    if part.numel() or float(norm_type) != math.inf:
+        return gradient
+    return sharded_as(part.new_zeros((1,) * part.dim()), gradient)
 
 
 class GradScaler(torch.amp.GradScaler):

@@ -22,6 +22,18 @@ def sharded(part: torch.Tensor, num_rows: int, mesh: DeviceMesh) -> torch.Tensor
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
+def sharded_as(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The DTensor that is sharded as ``like`` and of which this rank holds ``part``; ``part`` for a plain ``like``."""
+    if type(like) in _PLAIN:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    whole: Any = like
+    return DTensor.from_local(
+        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor, differentiable; any other tensor as it is."""
     if type(tensor) in _PLAIN:
