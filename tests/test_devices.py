@@ -311,7 +311,7 @@ def test_grouped_kernels_of_a_gpu_get_their_alignment():
 
     there, here = (
         ElasticBuffer(thread_world(2)[0]),
-        SimpleNamespace(rank_idx=0, num_ranks=1, device=torch.device("cpu")),
+        SimpleNamespace(rank_idx=0, num_ranks=1, device=torch.device("cpu"), mesh=None, group=None),
     )
     assert [alignment(there), alignment(here), alignment(there, expert_alignment=3)] == [8, 1, 3]
 
@@ -372,14 +372,14 @@ def test_fake_kernels_stay_on_the_device():
     buffer = ElasticBuffer(thread_world(2)[0], num_max_tokens_per_rank=M)
     x, idx, w = (t.to(META) for t in routing(0))
     n, packed = buffer.number, torch.empty(99, dtype=torch.int64, device=META)
-    on_meta(*ops._plan_fake(idx, n, E, 1, None, True, False))
-    on_meta(*ops._plan_dispatch_fake(x, w, idx, n, E, 1, None, True, False, False))
+    on_meta(*ops._plan_fake(idx, n, E, 1, None, True, False, "contiguous"))
+    on_meta(*ops._plan_dispatch_fake(x, w, idx, n, E, 1, None, True, False, False, "contiguous"))
     on_meta(*ops._dispatch_fake(x, w, packed, n, 7, False, False))
     on_meta(*ops._combine_fake(x, w, packed, None, None, n, 5, K, False, False))
     (ticket,) = ops._dispatch_fake(x, w, packed, n, 7, False, True)
     assert ticket.device == ops._combine_fake(x, w, packed, None, None, n, 5, K, False, True)[0].device
     assert ticket.device == torch.device("cpu"), "a ticket is a number that the host reads"
-    on_meta(*ops._finish_fake(ticket, packed, None, None, n, True, True, 7, 5, H, x.dtype, K, w.dtype))
+    on_meta(*ops._finish_fake(ticket, packed, None, None, x, w, n, True, True, 7, 5, H, x.dtype, K, w.dtype))
 
 
 def test_what_is_built():
