@@ -342,9 +342,9 @@ def timeout_error(ranks: Sequence[int], seconds: float, reason: str = "") -> EPT
     message = (
         f"{who} did not come within {seconds:g} s{reason and f' ({reason})'}. A rank whose first call runs under "
         "torch.compile may compile for minutes: then raise the deadline (num_cpu_timeout_secs, "
-        "Settings.timeout_seconds or DEEP_EP_PY_TIMEOUT_SECONDS). In a backward pass, a rank whose loss does not depend "
-        "on the rows that it received (it may have received none) does not come: keep them in the graph of the loss on "
-        "every rank. Build a new buffer to go on"
+        "Settings.timeout_seconds or DEEP_EP_PY_TIMEOUT_SECONDS). In a backward pass, a rank whose loss does not "
+        "depend on the rows that it received (it may have received none) does not come: keep them in the graph of the "
+        "loss on every rank. Build a new buffer to go on"
     )
     return EPTimeoutError(message, ranks=ranks, seconds=seconds)
 
