@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 wheel=$(realpath "$1") torch=$2
 shift 2
 if [ $# -eq 0 ]; then
-  set -- -n 2 --dist loadfile tests/test_{autograd,autograd_compile,autograd_refused,autograd_steps,conformance_v1,conformance_v2,devices,events,lifetimes,nn_experts,nn_moe,nn_router,collective_processes,examples,train_example}.py
+  set -- -n 2 --dist loadfile tests/test_{autograd,autograd_compile,autograd_order,autograd_refused,autograd_steps,conformance_v1,conformance_v2,devices,events,lifetimes,nn_experts,nn_moe,nn_router,nn_wrappers,collective_processes,examples,train_example}.py
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
