@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from ._groups import group_of
 from .choice import BackendInfo
@@ -43,6 +44,21 @@ class Face:
         """The communicator of this construction, from the constructor's arguments."""
         self.group, self.mesh = group_of(group)
         return communicator_of(self.group, comm)
+
+    def _mesh(self) -> DeviceMesh | None:
+        """The mesh that the buffer was made of, or one of its process group, made once; None without either."""
+        if self.mesh is not None or not dist.is_available() or not isinstance(self.group, dist.ProcessGroup):
+            return self.mesh
+        made: DeviceMesh | None = self.__dict__.get("_mesh_of_group")
+        if made is None:
+            from torch.distributed.device_mesh import DeviceMesh
+
+            # DTensor's caches outlive a process group and take meshes of equal ranks and names for the same, whose
+            # groups they find by name. So the name of the group is part of the mesh's.
+            name = f"ep_{self.group.group_name}"
+            made = DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=(name,))
+            self.__dict__["_mesh_of_group"] = made
+        return made
 
     def _check(self, name: str, value: Any) -> None:
         """For what hands ``value`` to torch before it comes to a dispatch: refuse on every rank what a dispatch would
@@ -82,6 +98,10 @@ class Face:
         valid, and the process group may be destroyed."""
         self._engine.close()
         self.group = self.mesh = None
+        made = self.__dict__.pop("_mesh_of_group", None)
+        if made is not None:
+            # A mesh keeps its group, and DTensor's caches keep meshes: torch would not let go of the group's store.
+            getattr(made, "_pg_registry", {}).clear()
 
     def __repr__(self) -> str:
         engine = getattr(self, "_engine", None)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from deep_ep_py import Buffer, ElasticBuffer, EPError, EPPeerError, EPTimeoutError, Settings
+from deep_ep_py.nn import MoELayer
 from deep_ep_py.testing import run_processes
 
 R, SECONDS = 4, timedelta(seconds=30)
@@ -83,13 +84,16 @@ def round_trip(buffer: ElasticBuffer) -> Any:
 
 
 def made_again(group: Any, folder: str) -> bool:
-    worlds, old, after = Worlds(group, folder), [], []
+    worlds, old, layers, after = Worlds(group, folder), [], [], []
     before = held()
     for _ in range(3):
         with worlds.another() as world:
             for backend in ("shm", "collective", "hybrid"):
                 chosen = settings(backend, worlds.rank)
                 v1, v2 = Buffer(world, settings=chosen), ElasticBuffer(world, settings=chosen)
+                layer = MoELayer(4, 4, 2 * R, 1, v2)  # its parameters are DTensors of the group
+                layers.append((layer, layer(torch.ones(2, 4)).output))
+                layers[-1][1].sum().backward()
                 old.append((v1, v2, *round_trip(v2)))
                 v1.destroy()
                 v2.destroy()

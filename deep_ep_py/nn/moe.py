@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..autograd import combine, dispatch, plan, plan_and_dispatch
@@ -152,17 +151,10 @@ class MoELayer(nn.Module):
 
 def _mesh_of(buffer: ElasticBuffer, given: DeviceMesh | None) -> DeviceMesh | None:
     """The mesh of the experts' parameters; see MoELayer."""
-    mesh = buffer.mesh if given is None else given
+    mesh = buffer._mesh() if given is None else given
     if mesh is not None:
         ranks = (mesh.size(), mesh.get_local_rank()) if mesh.ndim == 1 else None
         if ranks != (buffer.num_ranks, buffer.rank_idx):
             expected = f"a DeviceMesh of one dimension whose {buffer.num_ranks} ranks are those of the buffer, in order"
             raise EPArgumentError.of("ep_mesh", expected, mesh)
-    elif dist.is_available() and isinstance(buffer.group, dist.ProcessGroup):
-        from torch.distributed.device_mesh import DeviceMesh
-
-        # DTensor's caches outlive a process group and take meshes of equal ranks and names for the same, whose groups
-        # they find by name. So the name of the group is part of the mesh's.
-        name = f"ep_{buffer.group.group_name}"
-        mesh = DeviceMesh.from_group(buffer.group, buffer.device.type, mesh_dim_names=(name,))
     return mesh
