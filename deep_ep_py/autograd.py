@@ -192,7 +192,7 @@ def dispatch(
     Raises: as :func:`plan`; EPMismatchError: ranks use handles of different plans.
     """
     weights = _weights(topk_weights)
-    number = _planned(handle, buffer)
+    number = _planned("dispatch", handle, buffer)
     found = ops.dispatch(x, weights, handle.packed, number, handle.num_rows, handle.expand, bool(async_finish))
     if async_finish:
         return _pending(found[-1], x, weights, handle, number)
@@ -300,7 +300,7 @@ def combine(
 
     Raises: as :func:`dispatch`.
     """
-    number = _planned(handle, buffer)
+    number = _planned("combine", handle, buffer)
     pair = tuple(bias) if isinstance(bias, tuple | list) else (bias,)
     if len(pair) > 2:
         with buffer_of(number)._engine.refusing("combine"):
@@ -342,7 +342,11 @@ def _number(buffer: Any) -> int:
     return buffer.number
 
 
-def _planned(handle: Any, buffer: ElasticBuffer | None) -> int:
-    if not isinstance(handle, PlanHandle):
-        raise EPArgumentError.of("handle", "the PlanHandle of deep_ep_py.plan", type(handle).__name__)
-    return handle.buffer if buffer is None else _number(buffer)
+def _planned(op: str, handle: Any, buffer: ElasticBuffer | None) -> int:
+    if isinstance(handle, PlanHandle):
+        return handle.buffer if buffer is None else _number(buffer)
+    error = EPArgumentError.of("handle", "the PlanHandle of deep_ep_py.plan", type(handle).__name__)
+    if not isinstance(buffer, ElasticBuffer):
+        raise error  # of no known buffer: there are no peers to tell
+    with buffer._engine.refusing(op):
+        raise error

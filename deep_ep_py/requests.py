@@ -60,7 +60,12 @@ class Requests:
         if stats is not None:
             assert spec.placement is not None
             num_local = spec.placement.num_local[self._rank]
-            validate.tensor("cumulative_local_expert_recv_stats", stats, self._device, torch.int32, (num_local,))
+            name = "cumulative_local_expert_recv_stats"
+            validate.tensor(name, stats, self._device, torch.int32, (num_local,))
+            if stats.is_inference() and not torch.is_inference_mode_enabled():
+                raise EPArgumentError.of(name, "a tensor that can be changed here", "one made in inference mode")
+            if num_local > 1 and stats.stride(0) == 0:
+                raise EPArgumentError.of(name, "an element in memory for each expert", "an expanded tensor")
         return spec
 
     def routing(

@@ -240,6 +240,31 @@ def test_another_buffer_over_the_same_ranks():
     threads(ROUTING, body)
 
 
+def test_what_only_a_given_buffer_can_tell_the_peers():
+    """A handle that is none names no buffer. Statistics are added to when rows have arrived, which is too late."""
+
+    def body(rank, buffer):
+        idx = ROUTING.topk_idx(rank)
+        x = ROUTING.floats(rank, 1, 4)
+        plan = ep.plan(idx, buffer, 6)
+        refused(rank, buffer, 1, lambda bad: ep.dispatch(x, None, bad or plan, buffer=buffer), "none", "handle")
+        y = torch.zeros(plan.num_rows, 4)
+        refused(rank, buffer, 1, lambda bad: ep.combine(y, bad or plan, buffer=buffer), "none", "handle")
+        with torch.inference_mode():
+            made_in_inference_mode = torch.zeros(2, dtype=torch.int32)
+        for bad in (torch.zeros(1, dtype=torch.int32).expand(2), made_in_inference_mode):
+            counted = torch.zeros(2, dtype=torch.int32)
+
+            def dispatch(stats, counted=counted):
+                stats = counted if stats is None else stats
+                buffer.dispatch(x, idx, None, stats, num_experts=6)
+
+            refused(rank, buffer, 1, dispatch, bad, "cumulative_local_expert_recv_stats")
+            assert not counted.any()
+
+    threads(ROUTING, body)
+
+
 def test_a_buffer_that_is_gone():
     def body(rank, buffer):
         x = ROUTING.floats(rank, 1, 4).requires_grad_()
@@ -249,6 +274,8 @@ def test_a_buffer_that_is_gone():
         short_lived.destroy()
         with pytest.raises(ep.EPError, match=r"destroyed|closed"):
             ep.dispatch(x, None, plan)
+        with pytest.raises(ep.EPArgumentError, match="buffer: expected a buffer that is not destroyed"):
+            ep.nn.MoELayer(4, 4, 6, 2, short_lived)
         del short_lived
         gc.collect()
         with pytest.raises(ep.EPArgumentError, match="one whose buffer is gone"):

@@ -311,7 +311,7 @@ def test_grouped_kernels_of_a_gpu_get_their_alignment():
 
     there, here = (
         ElasticBuffer(thread_world(2)[0]),
-        SimpleNamespace(rank_idx=0, num_ranks=1, device=torch.device("cpu"), _mesh=lambda: None),
+        SimpleNamespace(rank_idx=0, num_ranks=1, device=torch.device("cpu"), group="one", _mesh=lambda: None),
     )
     assert [alignment(there), alignment(here), alignment(there, expert_alignment=3)] == [8, 1, 3]
 

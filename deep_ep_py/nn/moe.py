@@ -98,6 +98,8 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.buffer = buffer if buffer is not None else ElasticBuffer(thread_world(1)[0], hidden=hidden)
+        if self.buffer.group is None:
+            raise EPArgumentError.of("buffer", "a buffer that is not destroyed", repr(buffer))
         if expert_alignment is None:
             expert_alignment = 1 if self.buffer.device.type == "cpu" else 8
         self.expert_alignment, self.overlap_shared, self.separate_plan = expert_alignment, overlap_shared, separate_plan
