@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 
 _EXIT_SECONDS = 5.0  # how long an operation in the background may hold up the interpreter's exit
 _SURVIVOR_SECONDS = 1.0  # after a failure: how long a rank may take to say that it is still there
+_PARTING_SECONDS = 2.0  # how much later than on this rank an operation may reach its deadline on another
 
 
 class RowChannel(Protocol):
@@ -260,12 +261,15 @@ class StagedRows:
 
 def keep_until_complete(group: Any, works: Sequence[Any]) -> None:
     """Hold a gloo group whose operations are under way: its destructor waits for them, with the GIL, and their peers
-    may come late or not at all. A thread lets go of it when they have ended, by their deadline at the latest."""
+    may come late or not at all. A thread lets go of it when they have ended, by their deadline at the latest, and peers
+    that began a little later have come to their own deadline: a connection that closes before looks to them like the
+    death of this rank, and hides which rank both have waited for."""
 
     def wait(group: Any) -> None:  # noqa: ARG001
         for _ in pauses(float("inf"), longest=0.1):
             if all(work.is_completed() for work in works):
-                return
+                break
+        time.sleep(_PARTING_SECONDS)
 
     threading.Thread(target=wait, args=(group,), name="deep_ep_py-parting", daemon=True).start()
 
