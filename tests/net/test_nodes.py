@@ -96,7 +96,7 @@ def check_raised(errors, ranks, lost, waited_for=None):
         assert errors[rank]["type"] in ("EPTimeoutError", "EPPeerError"), errors[rank]
         named = set(errors[rank]["ranks"])
         assert named <= set(waited_for or lost), errors[rank]
-        assert lost == [] or leads_to(errors, rank, set(lost)), errors
+        assert not lost or leads_to(errors, rank, set(lost)), errors
         assert errors[rank]["op"] == "dispatch", errors[rank]
 
 
